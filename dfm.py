@@ -1,0 +1,422 @@
+"""DFM: deep features of a pretrained network, modelled by PCA and a Gaussian. Torch and the standard library only.
+
+Papers
+    Ahuja, Ndiour, Kalyanpur, Tickoo: Probabilistic Modeling of Deep Features for Out-of-Distribution and Adversarial
+    Detection, 2019, arXiv 1909.11786: one density a class over reduced features; the score is the likelihood ("nll").
+    Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
+    Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre"), which also gives a map.
+    The authors released no code. Layer, pooling and share of variance default to anomalib's (2.7.0).
+
+Here
+    principal_axes                          centred SVD in float64, shared by the two below
+    PCA, SingleClassGaussian                fit on rows of any features; no network needed
+    ResNet                                  resnet18, resnet50, wide_resnet50_2 under torchvision's keys
+    DFMModel                                image -> features -> PCA -> FRE and map, or NLL; one PCA a class
+    load_resnet, load_dfm                   torchvision's weights; what train.py wrote
+
+Notation (n samples; d = C * h * w values each; k directions kept)
+    f       features            (n, C, h, w)    pooled features of a layer, or any (n, d)
+    mu      mean                (C, h, w)       their mean over the samples
+    T       components          (k, C, h, w)    orthonormal rows; T (f - mu) reduces, T^t (.) + mu is the pre-image
+    s       singular_values     (k,)            of the centred features
+    S       deviation           (k,)            s / sqrt(n): standard deviation along each direction
+    C       -                   (d, d)          covariance = U S^2 U^t, never built
+    -       grid                (n, h, w)       squared feature error summed over channels
+"""
+import math
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PCA and Gaussian
+
+
+def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """features - mean = U diag(singular_values) axes, in float64, without the null directions.
+
+    features (n, ...) -> mean (...), singular values (r,) falling, axes (r, ...) orthonormal; ValueError where r is 0.
+
+    QR of the longer side, then the SVD of the small square factor: the digits of a direct SVD (a Gram matrix would
+    square the condition number) in a quarter of its time; 1,000 x 16,384 takes about 2 s on two cores.
+    A direction is null where its singular value is at most eps * max(n, d) * |features|, the rounding of the data.
+    """
+    rows = features.double().flatten(1)  # (n, d)
+    if not rows.isfinite().all():
+        raise ValueError(f"{(~rows.isfinite().all(1)).sum()} of {len(rows)} samples hold NaN or infinity")
+    n, d = rows.shape
+    mean = rows.mean(0)
+    centred = rows - mean
+    if n < d:
+        basis, factor = torch.linalg.qr(centred.T)  # (d, n), (n, n)
+        _, singular_values, axes = torch.linalg.svd(factor.T)
+        axes = axes @ basis.T  # (n, d)
+    else:
+        _, singular_values, axes = torch.linalg.svd(torch.linalg.qr(centred, mode="r").R)  # (d,), (d, d)
+    kept = singular_values > torch.finfo(torch.float64).eps * max(n, d) * rows.norm()
+    if not kept.any():
+        raise ValueError(f"no direction varies over {n} sample{'s' * (n > 1)}: at least two different ones are needed")
+    shape = features.shape[1:]
+    return mean.reshape(shape), singular_values[kept], axes[kept].reshape(-1, *shape)
+
+
+class _Subspace(nn.Module):
+    """A mean and orthonormal directions in buffers whose sizes come from fit, or from the state dict that is loaded."""
+
+    def __init__(self, *names: str):
+        super().__init__()
+        for name in ("mean", "components", *names):
+            self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    def project(self, features: Tensor) -> Tensor:
+        """components (features - mean): (n, ...) -> (n, k), float64."""
+        if features.shape[1:] != self.mean.shape:
+            raise ValueError(f"{type(self).__name__} was fitted to samples of shape {tuple(self.mean.shape)}, "
+                             f"got {tuple(features.shape[1:])}")
+        return (features.double() - self.mean).flatten(1) @ self.components.flatten(1).T
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, buffer in self.named_buffers():
+            if prefix + name in state_dict:
+                setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PCA(_Subspace):
+    """Principal components of samples (n, ...), float64.
+
+    n_components: a float in (0, 1] keeps the smallest number of components whose variance reaches that share of the
+    total (up to a rounding of 1e-12; 1.0 keeps every direction that varies); an int keeps that many, and fit raises
+    ValueError where fewer directions vary.
+    """
+
+    def __init__(self, n_components: float | int = 0.97):
+        super().__init__()
+        if not (n_components >= 1 if isinstance(n_components, int) else 0 < n_components <= 1):
+            raise ValueError(f"n_components: a share in (0, 1] or a count from 1 on, got {n_components}")
+        self.n_components = n_components
+
+    def fit(self, features: Tensor) -> "PCA":
+        mean, singular_values, axes = principal_axes(features)
+        if isinstance(self.n_components, int):
+            count = self.n_components
+            if count > len(axes):
+                raise ValueError(f"{count} components asked for, {len(features)} samples vary along {len(axes)} only")
+        elif self.n_components == 1:
+            count = len(axes)
+        else:
+            variance = singular_values.square().cumsum(0)  # a count is one more than the components that fall short
+            count = 1 + int((variance < self.n_components * (1 - 1e-12) * variance[-1]).sum())
+        self.mean, self.components = mean, axes[:count].clone()
+        return self
+
+    def transform(self, features: Tensor) -> Tensor:
+        """T (f - mu): (n, ...) -> (n, k)."""
+        return self.project(features)
+
+    def inverse_transform(self, reduced: Tensor) -> Tensor:
+        """T^t reduced + mu, the pre-image: (n, k) -> (n, ...)."""
+        return (reduced.double() @ self.components.flatten(1)).unflatten(1, self.mean.shape) + self.mean
+
+
+class SingleClassGaussian(_Subspace):
+    """The maximum-likelihood Gaussian of samples (n, ...) through the SVD of the centred data, float64."""
+
+    def __init__(self):
+        super().__init__("deviation")
+
+    def fit(self, features: Tensor) -> "SingleClassGaussian":
+        self.mean, singular_values, self.components = principal_axes(features)
+        self.deviation = singular_values / math.sqrt(len(features))
+        return self
+
+    def score_samples(self, features: Tensor) -> Tensor:
+        """1909.11786: NLL = 1/2 (|U^t (f - mu) / S|^2 + log det C + d log 2 pi), log det C = 2 sum(log S).
+
+        (n, ...) -> (n,). d counts the directions that vary: null ones (n <= d, repeated samples) are in no term.
+        """
+        mahalanobis = (self.project(features) / self.deviation).square().sum(1)
+        log_det = 2 * self.deviation.log().sum()
+        return (mahalanobis + log_det + len(self.deviation) * math.log(2 * math.pi)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbone
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4", "avgpool")
+
+# name: kernels of a block, blocks a layer, width of a block's inner convs and of its output in layer1
+RESNETS = {
+    "resnet18": ((3, 3), (2, 2, 2, 2), 64, 64),
+    "resnet50": ((1, 3, 1), (3, 4, 6, 3), 64, 256),
+    "wide_resnet50_2": ((1, 3, 1), (3, 4, 6, 3), 128, 256),
+}
+
+# IMAGENET1K_V1: what the published anomaly figures of these nets were measured with; V2 files fit with a path.
+URLS = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "wide_resnet50_2": "https://download.pytorch.org/models/wide_resnet50_2-95faca4d.pth",
+}
+
+
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """Basic block, kernels (3, 3), or bottleneck, kernels (1, 3, 1); the first 3 x 3 conv strides."""
+
+    def __init__(self, in_channels: int, width: int, out_channels: int, kernels: tuple[int, ...], stride: int):
+        super().__init__()
+        channels = [in_channels] + [width] * (len(kernels) - 1) + [out_channels]
+        for i, kernel in enumerate(kernels):
+            strides = stride if i == kernels.index(3) else 1
+            self.add_module(f"conv{i + 1}", conv(channels[i], channels[i + 1], kernel, strides))
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(channels[i + 1]))
+        self.depth = len(kernels)
+        self.downsample = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.depth:
+                y = F.relu(y, inplace=True)
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)), inplace=True)
+
+
+class ResNet(nn.Module):
+    """He et al. 2016 with torchvision's state-dict keys, all of them; forward computes `layer` and what is before it.
+
+    name: a key of RESNETS; layer: one of LAYERS. (N, 3, H, W) -> (N, C, H/s, W/s) with s = 4, 8, 16, 32, or
+    (N, C, 1, 1) for avgpool. Frozen: always in eval mode, so that no BatchNorm statistic moves.
+    """
+
+    def __init__(self, name: str = "resnet50", layer: str = "layer3"):
+        super().__init__()
+        if name not in RESNETS:
+            raise ValueError(f"backbone {name!r}: one of {', '.join(RESNETS)} is needed")
+        if layer not in LAYERS:
+            raise ValueError(f"layer {layer!r}: one of {', '.join(LAYERS)} is needed")
+        kernels, blocks, width, out_channels = RESNETS[name]
+        self.name, self.layers = name, LAYERS[:LAYERS.index(layer) + 1]
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        in_channels = 64
+        for i, count in enumerate(blocks):
+            layer = nn.Sequential()
+            for j in range(count):
+                stride = 2 if i > 0 and j == 0 else 1
+                layer.append(ResidualBlock(in_channels, width << i, out_channels << i, kernels, stride))
+                in_channels = out_channels << i
+            self.add_module(LAYERS[i], layer)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(in_channels, 1000)  # not computed; here for the keys
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.requires_grad_(False).eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for layer in self.layers:
+            x = getattr(self, layer)(x)
+        return x
+
+    def train(self, mode: bool = True) -> "ResNet":
+        return super().train(False)
+
+    def trim(self) -> "ResNet":
+        """Drops what forward does not compute."""
+        for name in set(dict(self.named_children())) - {"conv1", "bn1", *self.layers}:
+            delattr(self, name)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DFMModel(nn.Module):
+    """Features of one layer, average pooling, and for each class a PCA and (score_type "nll") a Gaussian.
+
+    pre_trained: True downloads torchvision's weights, a path reads that file, False or "random" keeps random ones.
+    pooling_kernel_size: the pooling's kernel and stride on the layer's map (nothing is left to pool after avgpool).
+    n_comps: PCA's share of variance, or count. score_type: "fre" or "nll".
+
+        model = DFMModel("resnet18", pooling_kernel_size=2)
+        model.fit(torch.cat([model.features(image) for image in loader]))  # memory for the features alone
+        score, anomaly_map = model.predict(image)
+
+    The constructor's arguments that a checkpoint needs are in `settings`, the rest in state_dict. With features of
+    one's own, (n, C, h, w) or (n, d), `fit` and `score_features` do without the backbone.
+    """
+
+    def __init__(self, backbone: str = "resnet50", layer: str = "layer3", pre_trained: bool | str | Path = True,
+                 pooling_kernel_size: int = 4, n_comps: float | int = 0.97, score_type: str = "fre"):
+        super().__init__()
+        if score_type not in ("fre", "nll"):
+            raise ValueError(f"score_type {score_type!r}: fre or nll is needed")
+        if pooling_kernel_size < 1:
+            raise ValueError(f"pooling_kernel_size {pooling_kernel_size}: at least 1 is needed")
+        PCA(n_comps)  # refuses a bad share now, not after the features
+        self.settings = dict(backbone=backbone, layer=layer, pooling_kernel_size=pooling_kernel_size,
+                             n_comps=n_comps, score_type=score_type)
+        self.layer, self.pooling_kernel_size = layer, pooling_kernel_size
+        self.n_comps, self.score_type = n_comps, score_type
+        self.backbone = ResNet(backbone, layer)
+        if pre_trained not in (False, "random"):
+            load_resnet(self.backbone, None if pre_trained is True else pre_trained)
+        self.backbone.trim()
+        self.pca, self.gaussian = nn.ModuleList(), nn.ModuleList()  # one a class; no Gaussian for FRE
+        self.register_buffer("map_scale", torch.ones(()))
+        self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def features(self, image: Tensor) -> Tensor:
+        """image (N, 3, H, W), RGB in [0, 1] -> pooled features (N, C, h, w), float32 under any autocast."""
+        x = self.backbone((image - self.image_mean) / self.image_std).float()
+        if self.layer == "avgpool":
+            return x
+        if self.pooling_kernel_size > min(x.shape[-2:]):
+            raise ValueError(f"pooling_kernel_size {self.pooling_kernel_size} is larger than the {x.shape[-2]} x "
+                             f"{x.shape[-1]} map of {self.layer} for an image of {image.shape[-2]} x {image.shape[-1]}")
+        return F.avg_pool2d(x, self.pooling_kernel_size)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor | None = None) -> "DFMModel":
+        """One PCA (and Gaussian, on the reduced features) for each value in labels (n,); a single one without.
+
+        features (n, C, h, w) or (n, d) of normal samples. Sets map_scale, the upper end of a map's colour scale: the
+        largest value over these samples of the map before PCA takes anything away, |f - mu|^2 at a grid position.
+        """
+        features = _as_maps(features).to(self.map_scale.device)
+        labels = torch.zeros(len(features)) if labels is None else torch.as_tensor(labels).flatten().cpu()
+        if len(labels) != len(features):
+            raise ValueError(f"labels: {len(labels)} for {len(features)} samples")
+        pca, gaussian, scale = nn.ModuleList(), nn.ModuleList(), []
+        for label in labels.unique():
+            chosen = features[(labels == label).to(features.device)]
+            pca.append(PCA(self.n_comps).fit(chosen))
+            if self.score_type == "nll":
+                gaussian.append(SingleClassGaussian().fit(pca[-1].transform(chosen)))
+            scale.append((chosen - pca[-1].mean).square().sum(1).max())
+        self.pca, self.gaussian, self.map_scale = pca, gaussian, torch.stack(scale).max().float()
+        return self
+
+    def score_features(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """features as fit's -> score (N,) and, for FRE, grid (N, h, w), float64; of the class with the lowest score.
+
+        2012.04250: FRE = |f - pre-image(T (f - mu))|, the norm (anomalib: its square, the same ranking).
+        The grid holds its square's parts: score = sqrt(sum of grid).
+        """
+        if not self.pca:
+            raise ValueError("the model is not fitted: fit it, or load a fitted one")
+        features = _as_maps(features)
+        if self.score_type == "nll":
+            scores = [g.score_samples(p.transform(features)) for p, g in zip(self.pca, self.gaussian)]
+            return torch.stack(scores).amin(0), None
+        errors = [features.double() - p.inverse_transform(p.transform(features)) for p in self.pca]
+        grids = torch.stack([error.square().sum(1) for error in errors])  # (classes, N, h, w)
+        squared, best = grids.sum((2, 3)).min(0)  # (N,), (N,)
+        return squared.sqrt(), torch.take_along_dim(grids, best[None, :, None, None], 0)[0]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """image (N, 3, H, W), RGB in [0, 1] -> score and grid of its features."""
+        return self.score_features(self.features(image))
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """image (N, 3, H, W), RGB in [0, 1] -> score (N,), anomaly_map (N, H, W) or None for NLL, float32."""
+        score, grid = self(image)
+        if grid is not None:
+            grid = F.interpolate(grid[:, None].float(), image.shape[-2:], mode="bilinear")[:, 0]
+        return score.float(), grid
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, build in (("pca", lambda: PCA(self.n_comps)), ("gaussian", SingleClassGaussian)):
+            classes = sum(key.startswith(f"{prefix}{name}.") and key.endswith(".mean") for key in state_dict)
+            setattr(self, name, nn.ModuleList(build() for _ in range(classes)).to(self.map_scale.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _as_maps(features: Tensor) -> Tensor:
+    if features.ndim not in (2, 4):
+        raise ValueError(f"features of shape (n, C, h, w) or (n, d) are needed, got {tuple(features.shape)}")
+    return features if features.ndim == 4 else features[:, :, None, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _read(path: str | Path) -> dict:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: not a file of plain tensors (refused: loading it could run code)") from None
+    except Exception as error:  # torch.load raises whatever its many formats lead to
+        raise ValueError(f"{path}: not a torch file ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: a dict of tensors is needed, found {type(found).__name__}")
+    return found
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
+    """Reads torchvision's state dict from a file, or downloads and caches it (path None; its hash is checked).
+
+    Entries after the layer that `model` stops at may be missing and are ignored, as are num_batches_tracked.
+    ValueError, in one line: no file, no network, missing, unknown or misshapen entries, NaN.
+    """
+    if path is None:
+        path = URLS[model.name]
+        try:
+            state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file (--weights "
+                             f"FILE), random weights (--weights random), or a machine with a network") from None
+    else:
+        state = _read(path)
+    expected = model.state_dict()
+    needed = {key: value for key, value in expected.items() if key.split(".")[0] in ("conv1", "bn1", *model.layers)}
+    for problem, keys in {
+        f"no {model.name} of torchvision, unknown entries": [key for key in state if key not in expected],
+        f"entries missing up to {model.layers[-1]} of {model.name}":
+            [key for key in needed if key not in state and not key.endswith("num_batches_tracked")],
+        f"not the shapes of {model.name}":
+            [key for key in needed if key in state and getattr(state[key], "shape", None) != needed[key].shape],
+        "NaN or infinity": [key for key in needed if key in state and not torch.isfinite(state[key]).all()],
+    }.items():
+        if keys:
+            raise ValueError(f"{path}: {problem}: {_few(keys)}")
+    model.load_state_dict({key: state[key] for key in needed if key in state}, strict=False)
+    return model
+
+
+def load_dfm(path: str | Path) -> DFMModel:
+    """Reads a fitted model, {"method": "dfm", "settings": model.settings, "model": model.state_dict()}; ValueError."""
+    found = _read(path)
+    if found.get("method") != "dfm" or not {"settings", "model"} <= set(found):
+        raise ValueError(f"{path}: not a DFM checkpoint of this project, found entries {_few([str(k) for k in found])}")
+    try:
+        model = DFMModel(**{**found["settings"], "pre_trained": False})
+        model.load_state_dict(found["model"])
+    except (TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit the model here: {' '.join(str(error).split())[:200]}") from None
+    return model.eval()
