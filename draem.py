@@ -1,0 +1,536 @@
+"""DRAEM: a discriminatively trained reconstruction embedding for surface anomaly detection.
+
+Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. Authors' code: VitjanZ/DRAEM @ 2dbf673, "the code" below.
+SSPCAB, an optional block: Ristea et al., CVPR 2022, arXiv 2111.09099; code ristea/sspcab @ 07d416c.
+
+One network paints a product's image free of anomalies, a second one compares what went in with what came out and marks
+the difference. Both learn from faultless images and anomalies made up on the spot, so this file holds, in order:
+simulated anomalies, losses, the two networks, the model, and a reader for released weights. It needs torch alone.
+
+    paper  here             shape           range
+    I      image            (N, 3, H, W)    [0, 1], RGB; H and W multiples of 32
+    P      noise            (N, H, W)       about [-1, 1]
+    M_a    mask             (N, 1, H, W)    1 = anomalous, 0 = normal, throughout
+    A      texture          (N, 3, H, W)    [0, 1], any unrelated images
+    beta   beta             (N, 1, 1, 1)    share of the texture in the blend
+    I_a    augmented        (N, 3, H, W)    [0, 1], the image with anomalies blended in
+    I_r    reconstruction   (N, 3, H, W)
+    M_o    anomaly_map      (N, H, W)       [0, 1], the softmax of logits (N, 2, H, W)
+    eta    score            (N,)            [0, 1]
+"""
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Simulated anomalies (section 3.3). Everything random comes from `generator`, on whose device all of it is computed.
+
+
+def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
+    """Perlin noise (N, H, W) at the lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
+
+    The code's perlin.py: the four corners' products gradient * offset, blended by fade(t) = 6 t^5 - 15 t^4 + 10 t^3,
+    times sqrt(2). Coordinates lie in [0, R - 1) and [0, C - 1).
+    """
+    count, rows, columns = angles.shape
+    gradients = torch.stack((angles.cos(), angles.sin()), -1).view(-1, 2)
+    row, column = y.floor(), x.floor()
+    y, x = y - row, x - column
+    first = torch.arange(0, count * rows * columns, rows * columns, device=angles.device).view(-1, 1, 1)
+    corner = first + (row * columns + column).long()
+
+    def product(down: int, right: int) -> Tensor:
+        gradient = F.embedding(corner + down * columns + right, gradients)  # (N, H, W, 2)
+        return gradient[..., 0] * (y - down) + gradient[..., 1] * (x - right)
+
+    fade_y, fade_x = (t * t * t * (t * (t * 6 - 15) + 10) for t in (y, x))
+    top = torch.lerp(product(0, 0), product(0, 1), fade_x)
+    bottom = torch.lerp(product(1, 0), product(1, 1), fade_x)
+    return math.sqrt(2) * torch.lerp(top, bottom, fade_y)
+
+
+def perlin_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """`count` independent noise images (count, height, width), of any size.
+
+    As in the code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
+    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; turning the
+    coordinates instead costs less and blurs nothing.
+    """
+    device = generator.device
+    cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
+    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # enough for the finest lattice
+    angle = uniform(generator, -math.pi / 2, math.pi / 2, count, 1, 1)
+    y = torch.arange(height, device=device).view(1, -1, 1) - (height - 1) / 2
+    x = torch.arange(width, device=device).view(1, 1, -1) - (width - 1) / 2
+    y, x = angle.cos() * y - angle.sin() * x + (height - 1) / 2, angle.sin() * y + angle.cos() * x + (width - 1) / 2
+    inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
+    y, x = y.clamp(0, height - 1) * cells[0] / height, x.clamp(0, width - 1) * cells[1] / width
+    return gradient_noise(y, x, angles) * inside
+
+
+def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
+    """`function(image, *arguments)` for the chosen samples (N,), the others as they are; every argument is per sample."""
+    if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
+        return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
+    index = chosen.nonzero().squeeze(1)
+    if not len(index):
+        return image
+    return image.index_copy(0, index, function(image[index], *(a[index] for a in arguments)))
+
+
+def rotate(image: Tensor, degrees: Tensor) -> Tensor:
+    """Turn each sample about its centre by its own angle (N,): bilinear, black where nothing was."""
+    height, width = image.shape[2:]
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    zero = torch.zeros_like(cos)
+    matrix = torch.stack((cos, -sin * height / width, zero, sin * width / height, cos, zero), 1).view(-1, 2, 3)
+    return F.grid_sample(image, F.affine_grid(matrix, list(image.shape), align_corners=False), align_corners=False)
+
+
+def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
+    """Turn a share of the normal images by up to +-`degrees`: the paper's angle (the code's is 90), the code's share."""
+    chosen = uniform(generator, 0, 1, len(image)) < share
+    return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
+
+
+# The code's ten texture augmentations (data_loader.py, by imgaug's definitions). x is in [0, 1], u (n, 3) uniform draws.
+
+
+def gamma(x: Tensor, u: Tensor) -> Tensor:
+    return x ** (0.5 + 1.5 * u[:, :, None, None])
+
+
+def brightness(x: Tensor, u: Tensor) -> Tensor:
+    factor, offset = 0.8 + 0.4 * u[:, 0], (2 * u[:, 1] - 1) * 30 / 255
+    return (x * factor.view(-1, 1, 1, 1) + offset.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def sharpness(x: Tensor, u: Tensor) -> Tensor:
+    """Towards (factor < 1) or away from (factor > 1) a 3 x 3 smoothing, the factor in [0, 2]."""
+    kernel = torch.ones(3, 1, 3, 3, device=x.device)
+    kernel[:, :, 1, 1] = 5
+    smooth = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel / 13, groups=3)
+    return torch.lerp(smooth, x, 2 * u[:, 0].view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def hue_saturation(x: Tensor, u: Tensor) -> Tensor:
+    """+-50/255 of a full turn of hue, +-50/255 of saturation, through HSV."""
+    value, least = x.amax(1), x.amin(1)
+    chroma = (value - least).clamp_min(1e-8)
+    red, green, blue = x.unbind(1)
+    hue = torch.where(value == red, (green - blue) / chroma % 6,
+                      torch.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4))
+    shift = (2 * u[:, :2] - 1) * 50 / 255
+    hue = hue + 6 * shift[:, 0].view(-1, 1, 1)
+    saturation = ((value - least) / value.clamp_min(1e-8) + shift[:, 1].view(-1, 1, 1)).clamp(0, 1)
+    k = (torch.arange(5, 0, -2, device=x.device).view(1, 3, 1, 1) + hue[:, None]) % 6
+    return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def solarize(x: Tensor, u: Tensor) -> Tensor:
+    """In half of the cases, invert what is brighter than a threshold in [32, 128] / 255."""
+    threshold = torch.where(u[:, 0] < 0.5, (32 + 96 * u[:, 1]) / 255, 2.0).view(-1, 1, 1, 1)
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+def posterize(x: Tensor, u: Tensor) -> Tensor:
+    """Keep the 1 to 8 highest bits."""
+    step = (2 ** (7 - (8 * u[:, 0]).floor())).view(-1, 1, 1, 1)
+    return (x * 255 / step).floor() * step / 255
+
+
+def invert(x: Tensor, u: Tensor) -> Tensor:
+    return 1 - x
+
+
+def histogram(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's values as levels 0..255 (n, 3, H * W) and the number of pixels up to each level (n, 3, 256)."""
+    level = (x * 255).round().long().clamp(0, 255).flatten(2)
+    counts = torch.zeros(*x.shape[:2], 256, device=x.device).scatter_add_(2, level, torch.ones_like(level, dtype=x.dtype))
+    return level, counts.cumsum(2)
+
+
+def autocontrast(x: Tensor, u: Tensor) -> Tensor:
+    """Stretch each channel to [0, 1] after cutting 0 to 20 % of the pixels off either end."""
+    _, below = histogram(x)
+    cut = below[:, :, -1:] * (21 * u[:, :1, None]).floor() / 100
+    low = (below <= cut).sum(2)
+    high = (below < below[:, :, -1:] - cut).sum(2)
+    low, high = low[..., None, None] / 255, high[..., None, None] / 255
+    return torch.where(high > low, (x - low) / (high - low), x).clamp(0, 1)
+
+
+def equalize(x: Tensor, u: Tensor) -> Tensor:
+    """Pillow's histogram equalization: level -> pixels below it, in steps of (pixels below the last level used) / 255."""
+    level, below = histogram(x)
+    counts = below.diff(dim=2, prepend=torch.zeros_like(below[:, :, :1]))
+    last = counts.gather(2, 255 - (counts.flip(2) > 0).long().argmax(2, keepdim=True))
+    step = ((below[:, :, -1:] - last) / 255).floor()
+    table = (((below - counts) + (step / 2).floor()) / step).floor().clamp(0, 255) / 255
+    return torch.where(step[..., None] > 0, table.gather(2, level).view_as(x), x)
+
+
+def turn(x: Tensor, u: Tensor) -> Tensor:
+    return rotate(x, 90 * u[:, 0] - 45)
+
+
+AUGMENTATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize, turn)
+
+
+def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
+    """Three different augmentations for each sample, in random order; (N, 3, H, W) in [0, 1] in and out.
+
+    Section 3.3 names seven to draw three from; followed is the code, which draws from ten (data_loader.py).
+    """
+    order = uniform(generator, 0, 1, len(texture), len(AUGMENTATIONS)).argsort(1)[:, :3]
+    for choice in order.unbind(1):
+        u = uniform(generator, 0, 1, len(texture), 3)
+        for k, augmentation in enumerate(AUGMENTATIONS):
+            texture = change(choice == k, augmentation, texture, u)
+    return texture
+
+
+def coloured_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Textures (count, 3, height, width) in [0, 1] for those who have none: Perlin noise between two random colours."""
+    noise = perlin_noise(count, height, width, generator)[:, None] / 2 + 0.5
+    colours = uniform(generator, 0, 1, 2, count, 3, 1, 1)
+    return torch.lerp(colours[0], colours[1], noise).clamp(0, 1)
+
+
+@torch.no_grad()
+def synthesize_anomalies(image: Tensor, texture: Tensor | None, generator: torch.Generator,
+                         beta: tuple[float, float] = (0.1, 1.0), normal_share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Eq. (4): augmented = (1 - mask) * image + (1 - beta) * (mask * image) + beta * (mask * texture)
+
+    Takes image and texture (N, 3, H, W) in [0, 1] on the generator's device; returns augmented, likewise, and mask
+    (N, 1, H, W). beta is drawn from its range for each sample. The mask is noise > 0.5, and empty for `normal_share` of
+    the samples (the code's 0.5) and wherever the noise stays below. Without a texture, coloured noise stands in.
+    """
+    count, _, height, width = image.shape
+    anomalous = uniform(generator, 0, 1, count, 1, 1) >= normal_share
+    mask = ((perlin_noise(count, height, width, generator) > 0.5) & anomalous)[:, None].float()
+    if texture is None:
+        texture = coloured_noise(count, height, width, generator)
+    texture = augment_textures(texture, generator)
+    beta = uniform(generator, *beta, count, 1, 1, 1)
+    return torch.lerp(image, texture, beta * mask), mask  # Eq. (4) with its image terms gathered
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, in float32 under any autocast.
+
+
+def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Eq. (1): L_SSIM = mean over pixels of (1 - SSIM(x, y))
+
+    SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)) with means, variances and covariance under an
+    11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of range 1.
+    The border is padded with zeros as in the code (loss.py:113). The code guesses the range from the reconstruction's
+    values (loss.py:99), so that one dark pixel below -0.5 changes the loss of all; here it is 1.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.float(), y.float()
+        # vx and vy enter as a sum alone: four filtered images do for the five moments.
+        moments = torch.cat((x, y, x * x + y * y, x * y), 1)
+        offset = torch.arange(-5.0, 6.0, device=x.device)
+        window = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(moments.shape[1], 1, 11)
+        moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=moments.shape[1])
+        moments = F.conv2d(moments, window[:, :, None], padding=(0, 5), groups=moments.shape[1])
+        mean_x, mean_y, square, product = moments.chunk(4, 1)
+        means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+        c1, c2 = 0.01 ** 2, 0.03 ** 2
+        ssim = (2 * means + c1) * (2 * (product - means) + c2) / ((mean_squares + c1) * (square - mean_squares + c2))
+        return (1 - ssim).mean()
+
+
+def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Focal loss = mean over pixels of -(1 - p)^2 log p, p the softmax probability of the pixel's true class.
+
+    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted, and
+    labels smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5, which also keeps log p finite.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        p_true = logits.float().softmax(1).gather(1, mask.long())
+        p = (1 - 2e-5) * p_true + 2e-5  # p_other = 1 - p_true
+        return (-(1 - p) ** 2 * p.log()).mean()
+
+
+def draem_loss(image: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor,
+               sspcab_cost: Tensor | None = None) -> dict[str, Tensor]:
+    """Eq. (3): L = L_rec + L_seg, the sum of the terms returned; Eq. (2): L_rec = lambda * L_SSIM + l2, lambda = 1.
+
+    lambda is the code's (train_DRAEM.py). With SSPCAB its cost joins in at 0.1 (2111.09099).
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        terms = {"l2": F.mse_loss(reconstruction.float(), image), "ssim": ssim_loss(reconstruction, image),
+                 "focal": focal_loss(logits, mask)}
+        if sspcab_cost is not None:
+            terms["sspcab"] = 0.1 * sspcab_cost
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks and the two sub-networks; attribute names are the authors', so that released weights fit.
+
+
+def double_conv(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True),
+                         nn.Conv2d(hidden, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def up_conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+                         nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class SqueezeExcitation(nn.Module):
+    """Weighs each channel by a number in (0, 1) that is computed from all channels' means."""
+
+    def __init__(self, channels: int, reduction: int = 8):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, channels // reduction)
+        self.fc2 = nn.Linear(channels // reduction, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3))))))[:, :, None, None]
+
+
+class SSPCAB(nn.Module):
+    """Self-supervised predictive convolutional attentive block (2111.09099, figure 2): (N, C, H, W) in and out.
+
+    Predicts each position from the four places two steps up or down and left or right of it, never from itself.
+    In training, `cost` is the mean squared error between the block's output and its input; elsewhere None.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.se = SqueezeExcitation(channels)
+        self.cost = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (2, 2, 2, 2))
+        prediction = (self.conv1(padded[:, :, :-4, :-4]) + self.conv2(padded[:, :, 4:, :-4])
+                      + self.conv3(padded[:, :, :-4, 4:]) + self.conv4(padded[:, :, 4:, 4:]))
+        prediction = self.se(F.relu(prediction))
+        self.cost = F.mse_loss(prediction.float(), x.float()) if self.training else None
+        return prediction
+
+
+class ReconstructiveEncoder(nn.Module):
+    def __init__(self, in_channels: int, w: int, sspcab: bool):
+        super().__init__()
+        self.block1 = double_conv(in_channels, w, w)
+        self.block2 = double_conv(w, 2 * w, 2 * w)
+        self.block3 = double_conv(2 * w, 4 * w, 4 * w)
+        self.block4 = double_conv(4 * w, 8 * w, 8 * w)
+        self.block5 = SSPCAB(8 * w) if sspcab else double_conv(8 * w, 8 * w, 8 * w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            x = F.max_pool2d(block(x), 2)
+        return self.block5(x)  # (N, 8w, H / 16, W / 16)
+
+
+class ReconstructiveDecoder(nn.Module):
+    def __init__(self, w: int, out_channels: int):
+        super().__init__()
+        self.up1, self.db1 = up_conv(8 * w, 8 * w), double_conv(8 * w, 8 * w, 4 * w)
+        self.up2, self.db2 = up_conv(4 * w, 4 * w), double_conv(4 * w, 4 * w, 2 * w)
+        self.up3, self.db3 = up_conv(2 * w, 2 * w), double_conv(2 * w, 2 * w, w)
+        self.up4, self.db4 = up_conv(w, w), double_conv(w, w, w)
+        self.fin_out = nn.Sequential(nn.Conv2d(w, out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.db1(self.up1(x))
+        x = self.db2(self.up2(x))
+        x = self.db3(self.up3(x))
+        x = self.db4(self.up4(x))
+        return self.fin_out(x)
+
+
+class ReconstructiveSubNetwork(nn.Module):
+    """Section 3.1: an encoder-decoder without skips, (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 3, base_width: int = 128, sspcab: bool = False):
+        super().__init__()
+        self.encoder = ReconstructiveEncoder(in_channels, base_width, sspcab)
+        self.decoder = ReconstructiveDecoder(base_width, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class DiscriminativeEncoder(nn.Module):
+    def __init__(self, in_channels: int, w: int):
+        super().__init__()
+        self.block1 = double_conv(in_channels, w, w)
+        self.block2 = double_conv(w, 2 * w, 2 * w)
+        self.block3 = double_conv(2 * w, 4 * w, 4 * w)
+        self.block4 = double_conv(4 * w, 8 * w, 8 * w)
+        self.block5 = double_conv(8 * w, 8 * w, 8 * w)
+        self.block6 = double_conv(8 * w, 8 * w, 8 * w)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = [self.block1(x)]
+        for block in (self.block2, self.block3, self.block4, self.block5, self.block6):
+            features.append(block(F.max_pool2d(features[-1], 2)))
+        return features  # from (N, w, H, W) to (N, 8w, H / 32, W / 32)
+
+
+class DiscriminativeDecoder(nn.Module):
+    def __init__(self, w: int, out_channels: int):
+        super().__init__()
+        self.up_b, self.db_b = up_conv(8 * w, 8 * w), double_conv(16 * w, 8 * w, 8 * w)
+        self.up1, self.db1 = up_conv(8 * w, 4 * w), double_conv(12 * w, 4 * w, 4 * w)
+        self.up2, self.db2 = up_conv(4 * w, 2 * w), double_conv(6 * w, 2 * w, 2 * w)
+        self.up3, self.db3 = up_conv(2 * w, w), double_conv(3 * w, w, w)
+        self.up4, self.db4 = up_conv(w, w), double_conv(2 * w, w, w)
+        self.fin_out = nn.Sequential(nn.Conv2d(w, out_channels, 3, padding=1))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        b1, b2, b3, b4, b5, x = features
+        x = self.db_b(torch.cat((self.up_b(x), b5), 1))
+        x = self.db1(torch.cat((self.up1(x), b4), 1))
+        x = self.db2(torch.cat((self.up2(x), b3), 1))
+        x = self.db3(torch.cat((self.up3(x), b2), 1))
+        x = self.db4(torch.cat((self.up4(x), b1), 1))
+        return self.fin_out(x)
+
+
+class DiscriminativeSubNetwork(nn.Module):
+    """Section 3.2: a U-Net, (N, in_channels, H, W) -> logits (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int = 6, out_channels: int = 2, base_width: int = 64):
+        super().__init__()
+        self.encoder_segment = DiscriminativeEncoder(in_channels, base_width)
+        self.decoder_segment = DiscriminativeDecoder(base_width, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder_segment(self.encoder_segment(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model (figure 3).
+
+
+class DraemModel(nn.Module):
+    """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters and, at 256 x 256, 198 GMAC."""
+
+    def __init__(self, width: int = 128, sspcab: bool = False):
+        super().__init__()
+        self.reconstructive_subnetwork = ReconstructiveSubNetwork(base_width=width, sspcab=sspcab)
+        self.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=width // 2)
+        self.apply(initialize)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        reconstruction = self.reconstructive_subnetwork(image)
+        logits = self.discriminative_subnetwork(torch.cat((reconstruction, image), 1))  # in this order
+        return reconstruction, logits
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+        """Eq. (5): eta = max(M_o * f_sf): score (N,), the maximum of the window x window mean of anomaly_map (N, H, W).
+
+        The code's window is 21 at 256 x 256, padded with zeros (test_DRAEM.py:105).
+        """
+        if self.training:
+            raise RuntimeError("predict needs the statistics learned in training: call model.eval() first")
+        _, logits = self(image)
+        anomaly_map = logits.float().softmax(1)[:, 1]
+        score = F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
+        return score, anomaly_map
+
+
+def initialize(module: nn.Module) -> None:
+    """The code's initial weights (train_DRAEM.py, weights_init); biases of the convolutions keep PyTorch's."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights.
+
+
+def read_weights(path: str | Path) -> dict:
+    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file fails in many ways
+        unsafe = "weights_only" in str(error) and "nsupported" in str(error)
+        raise ValueError(f"{path}: " + ("holds more than tensors and would run code; save its state dict alone" if unsafe
+                                        else "truncated, or not a file of weights")) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    return content
+
+
+def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
+    """load_state_dict, strict, with the first few differences in one line: ValueError."""
+    own = module.state_dict()
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+              if isinstance(state.get(k), Tensor) and state[k].shape != own[k].shape]
+    faults = {"missing": [k for k in own if not isinstance(state.get(k), Tensor)],
+              "unknown": [str(k) for k in state if k not in own], "of another shape": shapes,
+              "not finite": [k for k in own if isinstance(state.get(k), Tensor) and not state[k].isfinite().all()]}
+    found = [f"{len(keys)} entries {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+             for fault, keys in faults.items() if keys]
+    if found:
+        raise ValueError(f"{path}: does not fit {type(module).__name__}: " + "; ".join(found))
+    module.load_state_dict(state)
+
+
+def load_draem(path: str | Path) -> DraemModel:
+    """A trained model in eval mode, for RGB, of the size that the weights have. ValueError in one line.
+
+    Told apart by their keys: this project's last.pt; the authors' pair, RUN_CLASS_.pckl with RUN_CLASS__seg.pckl beside
+    it; anomalib's checkpoint. The authors' networks saw BGR: their image channels are turned round. anomalib feeds the
+    second network (image, reconstruction): its six channels are put into the paper's order.
+    """
+    path, content = Path(path), read_weights(path)
+    first, second = "reconstructive_subnetwork.", "discriminative_subnetwork."
+    if "model" in content:
+        if content.get("method") != "draem":
+            raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of draem")
+        state = content["model"]
+    elif "state_dict" in content:
+        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items()
+                 if k.startswith(("model." + first, "model." + second))}
+        if any(".masked_conv" in k for k in state):
+            warnings.warn(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU; its maps will not be anomalib's")
+            for old, new in (("masked_conv1.", "conv1."), ("masked_conv2.", "conv3."), ("masked_conv3.", "conv2."),
+                             ("masked_conv4.", "conv4."), ("attention_module.", "se.")):
+                state = {k.replace("block5." + old, "block5." + new): v for k, v in state.items()}
+        conv = second + "encoder_segment.block1.0.weight"
+        state |= {conv: state[conv].roll(3, 1)} if conv in state else {}
+    elif "encoder.block1.0.weight" in content:
+        beside = path.with_name(path.stem + "_seg" + path.suffix)
+        state = {first + k: v for k, v in content.items()} | {second + k: v for k, v in read_weights(beside).items()}
+        for key, dim, order in ((first + "encoder.block1.0.weight", 1, (2, 1, 0)),
+                                (first + "decoder.fin_out.0.weight", 0, (2, 1, 0)),
+                                (first + "decoder.fin_out.0.bias", 0, (2, 1, 0)),
+                                (second + "encoder_segment.block1.0.weight", 1, (2, 1, 0, 5, 4, 3))):
+            if key in state:
+                state[key] = state[key].index_select(dim, torch.tensor(order))
+    else:
+        raise ValueError(f"{path}: neither this project's checkpoint, nor the authors' first file "
+                         f"(RUN_CLASS_.pckl), nor anomalib's; it begins with {', '.join(map(str, list(content)[:3]))}")
+    widths = [state[k].shape[0] if isinstance(state.get(k), Tensor) and state[k].ndim == 4 else w for k, w in
+              ((first + "encoder.block1.0.weight", 128), (second + "encoder_segment.block1.0.weight", 64))]
+    model = DraemModel(widths[0], sspcab=first + "encoder.block5.conv1.weight" in state)
+    model.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=widths[1])
+    set_weights(model, state, path)
+    return model.eval()
