@@ -24,7 +24,6 @@ Notation (n samples; d = C * h * w values each; k directions kept)
     -       grid                (n, h, w)       squared feature error summed over channels
 """
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -71,8 +70,8 @@ class _Subspace(nn.Module):
         for name in ("mean", "components", *names):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
-    def project(self, features: Tensor) -> Tensor:
-        """components (features - mean): (n, ...) -> (n, k), float64."""
+    def transform(self, features: Tensor) -> Tensor:
+        """T (f - mu): (n, ...) -> (n, k), float64."""
         if features.shape[1:] != self.mean.shape:
             raise ValueError(f"{type(self).__name__} was fitted to samples of shape {tuple(self.mean.shape)}, "
                              f"got {tuple(features.shape[1:])}")
@@ -113,10 +112,6 @@ class PCA(_Subspace):
         self.mean, self.components = mean, axes[:count].clone()
         return self
 
-    def transform(self, features: Tensor) -> Tensor:
-        """T (f - mu): (n, ...) -> (n, k)."""
-        return self.project(features)
-
     def inverse_transform(self, reduced: Tensor) -> Tensor:
         """T^t reduced + mu, the pre-image: (n, k) -> (n, ...)."""
         return (reduced.double() @ self.components.flatten(1)).unflatten(1, self.mean.shape) + self.mean
@@ -138,7 +133,7 @@ class SingleClassGaussian(_Subspace):
 
         (n, ...) -> (n,). d counts the directions that vary: null ones (n <= d, repeated samples) are in no term.
         """
-        mahalanobis = (self.project(features) / self.deviation).square().sum(1)
+        mahalanobis = (self.transform(features) / self.deviation).square().sum(1)
         log_det = 2 * self.deviation.log().sum()
         return (mahalanobis + log_det + len(self.deviation) * math.log(2 * math.pi)) / 2
 
@@ -218,9 +213,6 @@ class ResNet(nn.Module):
             self.add_module(LAYERS[i], layer)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, 1000)  # not computed; here for the keys
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -329,7 +321,7 @@ class DFMModel(nn.Module):
         errors = [features.double() - p.inverse_transform(p.transform(features)) for p in self.pca]
         grids = torch.stack([error.square().sum(1) for error in errors])  # (classes, N, h, w)
         squared, best = grids.sum((2, 3)).min(0)  # (N,), (N,)
-        return squared.sqrt(), torch.take_along_dim(grids, best[None, :, None, None], 0)[0]
+        return squared.sqrt(), grids.gather(0, best.view(1, -1, 1, 1).expand_as(grids[:1]))[0]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """image (N, 3, H, W), RGB in [0, 1] -> score and grid of its features."""
@@ -360,63 +352,69 @@ def _as_maps(features: Tensor) -> Tensor:
 # Weights
 
 
-def _read(path: str | Path) -> dict:
+# Copied from draem.read_weights
+def read_weights(path: str | Path) -> dict:
+    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: not a file of plain tensors (refused: loading it could run code)") from None
-    except Exception as error:  # torch.load raises whatever its many formats lead to
-        raise ValueError(f"{path}: not a torch file ({type(error).__name__})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: a dict of tensors is needed, found {type(found).__name__}")
-    return found
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file fails in many ways
+        unsafe = "weights_only" in str(error) and "nsupported" in str(error)
+        raise ValueError(f"{path}: " + ("holds more than tensors and would run code; save its state dict alone" if unsafe
+                                        else "truncated, or not a file of weights")) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    return content
 
 
-def _few(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+# Copied from draem.set_weights
+def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
+    """load_state_dict, strict, with the first few differences in one line: ValueError."""
+    own = module.state_dict()
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
+              if isinstance(state.get(k), Tensor) and state[k].shape != own[k].shape]
+    faults = {"missing": [k for k in own if not isinstance(state.get(k), Tensor)],
+              "unknown": [str(k) for k in state if k not in own], "of another shape": shapes,
+              "not finite": [k for k in own if isinstance(state.get(k), Tensor) and not state[k].isfinite().all()]}
+    found = [f"{len(keys)} entries {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
+             for fault, keys in faults.items() if keys]
+    if found:
+        raise ValueError(f"{path}: does not fit {type(module).__name__}: " + "; ".join(found))
+    module.load_state_dict(state)
 
 
 def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
     """Reads torchvision's state dict from a file, or downloads and caches it (path None; its hash is checked).
 
-    Entries after the layer that `model` stops at may be missing and are ignored, as are num_batches_tracked.
-    ValueError, in one line: no file, no network, missing, unknown or misshapen entries, NaN.
+    The model is trimmed: entries after its layer may be missing and are left out, and so may num_batches_tracked.
+    ValueError, in one line, names the first few entries that are missing, unknown, of another shape or not finite.
     """
     if path is None:
         path = URLS[model.name]
         try:
             state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # no network, no such page, a wrong hash, a damaged file in the cache
             raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file (--weights "
-                             f"FILE), random weights (--weights random), or a machine with a network") from None
+                             "FILE), random weights (--weights random), or a machine with a network") from None
     else:
-        state = _read(path)
-    expected = model.state_dict()
-    needed = {key: value for key, value in expected.items() if key.split(".")[0] in ("conv1", "bn1", *model.layers)}
-    for problem, keys in {
-        f"no {model.name} of torchvision, unknown entries": [key for key in state if key not in expected],
-        f"entries missing up to {model.layers[-1]} of {model.name}":
-            [key for key in needed if key not in state and not key.endswith("num_batches_tracked")],
-        f"not the shapes of {model.name}":
-            [key for key in needed if key in state and getattr(state[key], "shape", None) != needed[key].shape],
-        "NaN or infinity": [key for key in needed if key in state and not torch.isfinite(state[key]).all()],
-    }.items():
-        if keys:
-            raise ValueError(f"{path}: {problem}: {_few(keys)}")
-    model.load_state_dict({key: state[key] for key in needed if key in state}, strict=False)
+        state = read_weights(path)
+    whole = model.state_dict()
+    own = model.trim().state_dict()
+    state = {key: value for key, value in state.items() if key in own or key not in whole}
+    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    set_weights(model, counters | state, path)
     return model
 
 
 def load_dfm(path: str | Path) -> DFMModel:
     """Reads a fitted model, {"method": "dfm", "settings": model.settings, "model": model.state_dict()}; ValueError."""
-    found = _read(path)
-    if found.get("method") != "dfm" or not {"settings", "model"} <= set(found):
-        raise ValueError(f"{path}: not a DFM checkpoint of this project, found entries {_few([str(k) for k in found])}")
+    content = read_weights(path)
+    if content.get("method") != "dfm" or not {"settings", "model"} <= set(content):
+        raise ValueError(f"{path}: not a checkpoint of dfm, it begins with {', '.join(map(str, list(content)[:3]))}")
     try:
-        model = DFMModel(**{**found["settings"], "pre_trained": False})
-        model.load_state_dict(found["model"])
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: does not fit the model here: {' '.join(str(error).split())[:200]}") from None
+        model = DFMModel(**{**content["settings"], "pre_trained": False})
+        model.load_state_dict(content["model"])
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
     return model.eval()
