@@ -1,8 +1,8 @@
-"""What the three methods share and nobody copies along with a model: reading images and data sets, metrics, pictures, files
-that are never half-written, and a generated toy product.
+"""What the three methods share and nobody copies along with a model: reading images and data sets, metrics, pictures,
+files that are never half-written, and a generated toy product.
 
-Images are RGB, uint8, (3, size, size); masks are (1, size, size) with 1 = anomalous; both are squeezed to a square whatever
-their aspect ratio. What a user can mend is an InputError: one line that says what, where, and what to do.
+Images are RGB, uint8, (3, size, size); masks are uint8, (1, size, size), 1 = anomalous; both are squeezed to a square
+whatever their aspect ratio. What a user can mend is an InputError: one line that says what, where, and what to do.
 """
 
 import math
@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Callable, Sequence
@@ -22,9 +23,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no others: Pillow would run Ghostscript on an EPS named .png
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, for which Pillow would run Ghostscript
 
-# Pillow remarks on palettes with alpha, damaged EXIF and large pictures; each is either read well or an InputError here.
+# Pillow remarks on palettes with alpha, damaged EXIF, large pictures: here they are read well or become an InputError.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -42,59 +43,60 @@ def _open(path: Path, finish: Callable[[Image.Image, str], np.ndarray]) -> Tenso
     """`finish(first frame turned upright, mode)` as a tensor; every way in which that can fail is an InputError."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise InputError("it is a folder or a device, not an image file")
+            raise InputError("it is a folder or a device, not a file")
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
-            # 16-bit grey PNG was "I" before Pillow 11 (PGM still is), the mode of 32-bit TIFF, whose range nothing tells.
+            # "I" is 32-bit and of unknown range in TIFF, but 16-bit in PGM and, with older Pillow, in PNG.
             mode = "I;16" if image.mode == "I" and image.format in ("PNG", "PPM") else image.mode
             return torch.from_numpy(finish(ImageOps.exif_transpose(image), mode))
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything: SyntaxError, struct.error, MemoryError...
+    except Exception as error:  # on damaged files Pillow raises SyntaxError, struct.error, MemoryError...
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "it is empty" if path.stat().st_size == 0 else f"it is none of {', '.join(FORMATS)}"
-        else:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(f"{path}: cannot be read as an image: {reason}; replace or remove it") from None
 
 
+def _rgb(image: Image.Image, mode: str) -> Image.Image:
+    if mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif mode in ("I", "F", "LAB"):
+        raise InputError(f"mode {mode} has no known range (save it as 8-bit RGB or as 8- or 16-bit grey)")
+    elif mode in ("La", "RGBa"):  # stored multiplied by alpha
+        image = image.convert(mode.upper())
+    return image.convert("RGB")
+
+
 def read_image(path: Path | str, size: int) -> Tensor:
-    """The image in 8-bit RGB, (3, size, size): upright by its EXIF orientation, first frame, alpha dropped (not blended), 16-bit
-    grey divided by 257, resized by Pillow's antialiased BILINEAR. 32-bit and LAB files have no known range: InputError."""
+    """The image in 8-bit RGB, (3, size, size): upright by EXIF orientation, first frame, alpha dropped, not blended,
+    16-bit grey divided by 257, resized by Pillow's antialiased BILINEAR. 32-bit and LAB files are refused."""
 
     def finish(image: Image.Image, mode: str) -> np.ndarray:
-        if mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-            image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-        elif mode in ("I", "F", "LAB"):
-            raise InputError(f"the range of mode {mode} is unknown (save it as 8- or 16-bit grey or RGB)")
-        elif mode in ("La", "RGBa"):  # colours multiplied by alpha: divided again, as the file meant them
-            image = image.convert(mode.upper())
-        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        image = _rgb(image, mode).resize((size, size), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
     return _open(Path(path), finish)
 
 
 def read_mask(path: Path | str, size: int) -> Tensor:
-    """The mask, uint8 (1, size, size): 1 where more than half of a pixel's area (Pillow's BOX) is anomalous in the file, which is
-    where the file's colour is not black, however faint. A mask of other dimensions than its image is squeezed like it."""
+    """The mask, uint8 (1, size, size): 1 where more than half of a pixel's area (Pillow's BOX) is anomalous, which is
+    where the file is not black, however dark. A mask of other dimensions than its image is squeezed like it."""
 
     def finish(image: Image.Image, mode: str) -> np.ndarray:
-        if mode in ("La", "RGBa"):
-            image = image.convert(mode.upper())
-        if not (mode in ("1", "L", "I", "F") or mode.startswith("I;16")):  # those are compared as they are: 1 of 65535 counts
-            image = image.convert("L" if mode in ("LA", "La") else "RGB")
-        array = np.asarray(image) != 0
-        array = array.any(axis=2) if array.ndim == 3 else array
-        area = Image.fromarray(array.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-        return (np.asarray(area) > 0.5 + 1e-6).astype(np.uint8)[None]  # just half, off by rounding, is not more than half
+        grey = mode in ("1", "L", "I", "F") or mode.startswith("I;16")  # compared as it is, so that 1 of 65535 counts
+        array = np.asarray(image if grey else _rgb(image, mode)) != 0
+        area = Image.fromarray(array.reshape(*array.shape[:2], -1).any(axis=2).astype(np.float32))
+        area = np.asarray(area.resize((size, size), Image.Resampling.BOX))
+        return (area > 0.5 + 1e-6).astype(np.uint8)[None]  # half, off by rounding, is not more than half
 
     return _open(Path(path), finish)
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Items (image, mask, error): uint8 (3, size, size); uint8 (1, size, size), zeros where there is no mask; "" or the line of
-    the InputError, with zeros for both. An error is a value, so that it leaves a worker process as one line and others go on."""
+    """Items (image, mask, error): uint8 (3, size, size); uint8 (1, size, size), zeros where there is no mask; "", or an
+    InputError's line with zeros for both. As a value it leaves a worker process as one line, and the others go on."""
 
     def __init__(self, paths: Sequence[Path], size: int, masks: Sequence[Path | None] | None = None):
-        self.paths, self.size, self.masks = list(paths), size, list(masks) if masks else [None] * len(paths)
+        self.paths, self.size = list(paths), size
+        self.masks = list(masks) if masks else [None] * len(self.paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -109,12 +111,13 @@ class ImageFiles(torch.utils.data.Dataset):
 
 
 def decode(paths: Sequence[Path], size: int, name: str) -> Tensor:
-    """All images, decoded once by threads, uint8 (N, 3, size, size); the first bad file's InputError. Progress goes to stderr."""
+    """All images, decoded once by threads, uint8 (N, 3, size, size), or the first bad file's InputError. Progress goes
+    to stderr under `name`."""
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     array, start, shown = images.numpy(), time.monotonic(), 0.0
 
     def load(index: int) -> None:
-        array[index] = read_image(paths[index], size).numpy()  # numpy: torch would start its own threads in each of these
+        array[index] = read_image(paths[index], size).numpy()  # numpy: each thread would start torch's own threads
 
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -145,7 +148,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The folder's images, its subfolders' too, sorted; dot-files and dot-folders are passed over. A file stands for itself."""
+    """The folder's images and its subfolders', sorted, without dot-files and dot-folders; a file gives itself."""
     folder = Path(folder)
     if not folder.exists():
         raise InputError(f"{folder}: no such file or folder; check the path")
@@ -157,7 +160,7 @@ def list_images(folder: Path | str) -> list[Path]:
 
 @dataclass
 class Category:
-    """One product. `labels` (True = anomalous), `defects` (folder names, "good" for normal) and `masks` go along with `test`."""
+    """One product. Along with `test` go `labels` (True = anomalous), `defects` (folders, "good" if normal), `masks`."""
 
     name: str
     folder: Path
@@ -169,8 +172,7 @@ class Category:
 
     @property
     def has_truth(self) -> list[bool]:
-        """Which test images pixel metrics may count: normal ones, and anomalous ones with a mask. Without its mask an anomalous
-        image would pass for normal in every pixel."""
+        """The test images that pixel metrics may count. Without its mask, an anomalous one would pass for normal."""
         return [mask is not None or not label for mask, label in zip(self.masks, self.labels)]
 
 
@@ -191,7 +193,7 @@ def _category(folder: Path) -> Category:
         category.defects.append(inside.parts[0])
         category.labels.append(inside.parts[0] != "good")
     truth = folder / "ground_truth"
-    found = {path.relative_to(truth).with_suffix(""): path for path in (_images(truth) if truth.is_dir() else [])}
+    found = {path.relative_to(truth).with_suffix(""): path for path in _images(truth)} if truth.is_dir() else {}
     for path, label in zip(category.test, category.labels):
         inside = path.relative_to(folder / "test").with_suffix("")
         mask = found.get(inside.with_name(inside.name + "_mask"), found.get(inside))
@@ -200,17 +202,18 @@ def _category(folder: Path) -> Category:
 
 
 def find_categories(folder: Path | str) -> list[Category]:
-    """One category in MVTec's layout, every category below a parent folder (by name), or a folder of normal images, which has no
-    test set:
+    """The folder itself if it is in MVTec's layout:
 
-        train/good/*.png   test/good/*.png   test/<defect>/*.png   ground_truth/<defect>/<image's name>[_mask].png
-    """
+        train/good/000.png   test/good/000.png   test/<defect>/000.png   ground_truth/<defect>/000_mask.png or 000.png
+
+    (images directly in train/ do as well, and all but train/ may be missing); else the folders in it that are, by name;
+    else all its images as one training set, without a test set."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}; check the path")
     if (folder / "train").is_dir():
         return [_category(folder)]
-    below = sorted(child for child in folder.iterdir() if not child.name.startswith(".") and (child / "train").is_dir())
+    below = sorted(child for child in folder.iterdir() if child.name[0] != "." and (child / "train").is_dir())
     if below:
         return [_category(child) for child in below]
     if (folder / "test").is_dir():  # as a plain folder its defects would be learned as normal
@@ -222,10 +225,10 @@ def find_categories(folder: Path | str) -> list[Category]:
 
 
 def connected_components(mask: Tensor) -> Tensor:
-    """8-connected regions of each (H, W) plane of a bool mask (..., H, W), numbered 1, 2, ... over all planes; 0 is outside.
+    """8-connected regions of a mask (..., H, W), plane by plane, numbered 1, 2, ... over all planes; 0 is outside.
 
-    Rounds of hooking and pointer jumping over all pixels at once: in every round each region that touches another is joined to
-    one, so that there are at most log2(pixels) rounds, on spirals as on blobs."""
+    Hooking and pointer jumping on all pixels at once: each round joins every region to another that it touches, which
+    at least halves their number, so that a spiral takes no more than log2(pixels) rounds either."""
     mask = mask.bool()
     height, width = mask.shape[-2:]
     node = torch.full(mask.shape, -1)
@@ -239,7 +242,7 @@ def connected_components(mask: Tensor) -> Tensor:
         edges.append(torch.stack((here[both], there[both])))
     edges = torch.cat(edges, dim=1)
     while edges.numel():
-        parent[edges.amax(0)] = edges.amin(0)  # the larger root below the smaller: no cycles, whichever of several writes wins
+        parent[edges.amax(0)] = edges.amin(0)  # the larger root under a smaller: no cycle, whichever write comes last
         while not torch.equal(parent, jumped := parent[parent]):
             parent = jumped
         edges = parent[edges]
@@ -251,9 +254,9 @@ def connected_components(mask: Tensor) -> Tensor:
 
 
 def _curve(scores: Tensor, labels: Tensor, *weights: Tensor) -> list[Tensor] | None:
-    """At each distinct score as threshold, from the highest down: true positives, false positives, and each weight's sum over all
-    samples at or above it; None unless there are both kinds of samples. One sort serves every metric (it is most of their cost),
-    and ties are one threshold, which is what counts them half under the trapezoids."""
+    """At each distinct score as threshold, from the highest down: true positives, false positives, and each weight's
+    sum over the samples at or above it; None without both kinds of samples. The sort is most of what metrics cost, so
+    one serves them all. Ties are one threshold, which makes them count half under the trapezoids."""
     scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten().bool()
     if scores.isnan().any():
         raise InputError("scores are NaN: the weights are damaged or the training diverged; train again")
@@ -281,7 +284,7 @@ def _best_f1(hits: Tensor, alarms: Tensor) -> float:
 
 
 def _overlap(masks: Tensor) -> Tensor:
-    """What each pixel adds to the mean overlap of all regions: 1 / (regions * its region's pixels), 0 in normal pixels."""
+    """What finding a pixel adds to the mean overlap: 1 / (regions * its region's pixels), 0 for normal ones."""
     regions = connected_components(masks)
     share = regions.flatten().bincount().double()
     share[1:] *= len(share) - 1
@@ -294,7 +297,7 @@ def _aupro(alarms: Tensor, overlap: Tensor, limit: float) -> float:
     zero = overlap.new_zeros(1)
     rate, overlap = torch.cat((zero, alarms / alarms[-1])), torch.cat((zero, overlap))
     inside = int((rate <= limit).sum())
-    if inside < len(rate):  # end on the line between the last point inside the limit and the first beyond
+    if inside < len(rate):  # end at the limit, on the line to the first point beyond
         part = (limit - rate[inside - 1]) / (rate[inside] - rate[inside - 1])
         end = torch.lerp(overlap[inside - 1], overlap[inside], part)
         rate, overlap = torch.cat((rate[:inside], zero + limit)), torch.cat((overlap[:inside], zero + end))
@@ -302,13 +305,13 @@ def _aupro(alarms: Tensor, overlap: Tensor, limit: float) -> float:
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float | None:
-    """The probability that an anomalous sample scores more than a normal one, ties counted half; None without both kinds."""
+    """The probability that an anomalous sample scores above a normal one, ties half; None without both kinds."""
     curve = _curve(scores, labels)
     return curve and _auroc(*curve)
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float | None:
-    """The sum over distinct thresholds n of (R_n - R_{n-1}) P_n, with recall R and precision P; None without both kinds."""
+    """The sum over distinct thresholds n of (R_n - R_{n-1}) * P_n, recall and precision; None without both kinds."""
     curve = _curve(scores, labels)
     return curve and _average_precision(*curve)
 
@@ -320,18 +323,22 @@ def best_f1(scores: Tensor, labels: Tensor) -> float | None:
 
 
 def aupro(maps: Tensor, masks: Tensor, limit: float = 0.3) -> float | None:
-    """Area under the per-region overlap: the share of each anomalous region that is found, averaged over regions, against the
-    false positive rate of normal pixels from 0 to `limit`, divided by `limit`. Both are (N, H, W); None without both kinds."""
+    """Area under the per-region overlap (the share of each 8-connected anomalous region found, averaged) against
+    the false positive rate of normal pixels, from 0 to `limit`, over `limit`, as MVTec's evaluation script has it. Both
+    are (N, H, W); None without both kinds of pixels."""
     curve = _curve(maps, masks, _overlap(masks))
     return curve and _aupro(*curve[1:], limit)
 
 
-def metrics(scores: Tensor, labels: Tensor, maps: Tensor | None = None, masks: Tensor | None = None) -> dict[str, float]:
-    """All that can be had of image_auroc, image_ap, image_f1, pixel_auroc, pixel_ap, pixel_aupro, in 0..1. Maps and masks are those
-    of the images in `Category.has_truth`."""
+def metrics(
+    scores: Tensor, labels: Tensor, maps: Tensor | None = None, masks: Tensor | None = None
+) -> dict[str, float]:
+    """What can be had of image_auroc, image_ap, image_f1 from scores and labels (N,), and of pixel_auroc, pixel_ap,
+    pixel_aupro from maps and masks (M, H, W), those of the images in `Category.has_truth`."""
     values = {}
     if curve := _curve(scores, labels):
-        values |= {"image_auroc": _auroc(*curve), "image_ap": _average_precision(*curve), "image_f1": _best_f1(*curve)}
+        values |= {"image_auroc": _auroc(*curve), "image_ap": _average_precision(*curve)}
+        values |= {"image_f1": _best_f1(*curve)}
     if maps is not None and (curve := _curve(maps, masks, _overlap(masks))):
         hits, alarms, overlap = curve
         values |= {"pixel_auroc": _auroc(hits, alarms), "pixel_ap": _average_precision(hits, alarms)}
@@ -346,19 +353,16 @@ RAMP = ((8, 8, 40), (68, 16, 120), (158, 36, 110), (226, 82, 58), (252, 166, 40)
 
 
 def panel(image: Tensor) -> np.ndarray:
-    """An image or mask (3 or 1, H, W) as (H, W, 3) uint8; floats are in [0, 1], uint8 masks 0 or 1 are shown by `panel(mask.bool())`."""
-    image = image.detach().cpu()
-    if image.dtype == torch.bool:
-        image = image.float()
-    if image.is_floating_point():
-        image = (image.float().clamp(0, 1) * 255).round().byte()
-    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    """An image or mask, (3 or 1, H, W), uint8 in 0..255 or float or bool in 0..1, as (H, W, 3) uint8."""
+    if image.dtype != torch.uint8:
+        image = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    return image.cpu().expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def heat(anomaly_map: Tensor | np.ndarray) -> np.ndarray:
     """A map (H, W) in [0, 1] as colours (H, W, 3) uint8, from dark blue over purple and orange to yellow."""
-    ramp = np.stack([np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(RAMP)), channel) for channel in zip(*RAMP)], axis=1)
-    return ramp.round().astype(np.uint8)[(np.clip(np.asarray(anomaly_map, np.float32), 0, 1) * 255).round().astype(np.uint8)]
+    levels, stops = np.clip(np.asarray(anomaly_map, np.float32), 0, 1), np.linspace(0, 1, len(RAMP))
+    return np.stack([np.interp(levels, stops, channel) for channel in zip(*RAMP)], axis=-1).round().astype(np.uint8)
 
 
 def overlay(image: np.ndarray, anomaly_map: Tensor | np.ndarray) -> np.ndarray:
@@ -370,11 +374,11 @@ def overlay(image: np.ndarray, anomaly_map: Tensor | np.ndarray) -> np.ndarray:
 def strip(panels: Sequence[np.ndarray]) -> Image.Image:
     """Panels (H, W, 3) uint8 of one size side by side, with thin white gaps."""
     gap = np.full((len(panels[0]), GAP, 3), 255, np.uint8)
-    return Image.fromarray(np.concatenate([part for panel in panels for part in (np.asarray(panel), gap)][:-1], axis=1))
+    return Image.fromarray(np.concatenate([part for each in panels for part in (each, gap)][:-1], axis=1))
 
 
 def sheet(strips: Sequence[Image.Image], captions: Sequence[str], headings: Sequence[str]) -> Image.Image:
-    """Strips of one size below each other, a caption left of each (lines apart by newlines) and a heading over each column."""
+    """Strips of one size below each other, a caption (one or more lines) left of each, a heading over each column."""
     scale = max(1, 160 // strips[0].height)  # room for the headings
     width, height, gap = (scale * pixels for pixels in (strips[0].width, strips[0].height, GAP))
     font = ImageFont.load_default(14)
@@ -391,9 +395,13 @@ def sheet(strips: Sequence[Image.Image], captions: Sequence[str], headings: Sequ
     return page
 
 
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be written: {error.strerror or error}; free space or choose another place")
+
+
 def write_atomically(path: Path | str, save: Callable[[BinaryIO], None]) -> None:
-    """`save(file)` into a temporary file beside `path`, flushed to the disk and renamed: `path` is the old file or the whole new
-    one, whenever the machine dies. A full disk or a forbidden folder is an InputError and leaves the old file."""
+    """`save(file)` into a temporary file beside `path`, flushed to the disk and renamed: whenever the machine dies,
+    `path` is the old file or the whole new one. A full disk or forbidden folder is an InputError."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -402,10 +410,14 @@ def write_atomically(path: Path | str, save: Callable[[BinaryIO], None]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}; free space or choose another folder") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's error
+        if not isinstance(cause, OSError):
+            raise
+        raise _unwritable(path, cause) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # --- The toy product --------------------------------------------------------------------------------------------------
@@ -414,99 +426,99 @@ TOY = {"train/good": 100, "test/good": 20, "test/scratch": 12, "test/stain": 12,
 
 
 def _cover(distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
-    """How much of each pixel lies inside an edge that is `distance` pixels away (negative inside): 0..1, so edges are smooth."""
+    """The part, 0..1, of each pixel inside an edge `distance` pixels away (negative inside), for smooth edges."""
     return np.clip(0.5 - distance / softness, 0, 1)
 
 
-def _cap(x: np.ndarray, y: np.ndarray, turn: float, phase: float, missing: int | None, bite: np.ndarray | None) -> np.ndarray:
-    """A turned metal cap with six bolts and a brass hub on a woven belt, (256, 256, 3) in 0..255; x and y are pixels from its
-    centre, `turn` its angle. One bolt may be missing, and a disc `bite` (x, y, radius) out of the rim."""
+def _paint(pixels: np.ndarray, shade: np.ndarray, tint: tuple[float, float, float], alpha: np.ndarray) -> np.ndarray:
+    return pixels + (shade[..., None] * np.float32(tint) - pixels) * alpha[..., None]
 
-    def paint(colour, alpha):
-        nonlocal picture
-        picture = picture + (np.stack(np.broadcast_arrays(*np.broadcast_arrays(*colour)), -1) - picture) * alpha[..., None]
 
-    def facing(u, v):  # 1 on the side of the light, upper left, -1 on the other
-        return -(0.6 * u + 0.8 * v) / np.maximum(np.hypot(u, v), 1)
+def _facing(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """1 on the side of the light, which comes from the upper left, to -1 on the other."""
+    return -(0.6 * x + 0.8 * y) / np.maximum(np.hypot(x, y), 1)
 
-    def hexagon(u, v, angle):
-        u, v = np.cos(angle) * u + np.sin(angle) * v, np.cos(angle) * v - np.sin(angle) * u
-        return np.maximum(np.abs(v), np.abs(u) * math.sqrt(3) / 2 + np.abs(v) / 2)
 
-    radius, light = np.hypot(x, y), facing(x, y)
-    weave = 5 * np.sin((x + y) * 0.9 + phase) + 5 * np.sin((x - y) * 0.9) + 0.04 * y
-    picture = np.stack((44 + weave, 47 + weave, 54 + weave), axis=-1)
-    picture *= 1 - 0.55 * _cover(np.hypot(x - 5, y - 7) - 102, 16)[..., None]  # shadow
+def _hexagon(x: np.ndarray, y: np.ndarray, angle: float) -> np.ndarray:
+    x, y = abs(math.cos(angle) * x + math.sin(angle) * y), abs(math.cos(angle) * y - math.sin(angle) * x)
+    return np.maximum(y, x * math.sqrt(3) / 2 + y / 2)
 
-    inside = _cover(radius - 98) * (1 if bite is None else 1 - _cover(np.hypot(x - bite[0], y - bite[1]) - bite[2]))
-    marks = 4 * np.sin(2.1 * radius) + 3 * np.sin(3.7 * radius + 1) + 3 * np.sin(0.9 * radius)
+
+def _cap(x: np.ndarray, y: np.ndarray, turn: float, weft: float, lost: int | None = None, bite=None) -> np.ndarray:
+    """A turned steel cap with six bolts and a brass hub on a woven belt, (256, 256, 3) in 0..255. x and y are pixels
+    from its centre, `turn` its angle, `weft` the belt's phase; a bolt may be lost, or a disc `bite` (x, y, radius)."""
+    radius, light = np.hypot(x, y), _facing(x, y)
+    belt = 47 + 5 * np.sin(0.9 * (x + y) + weft) + 5 * np.sin(0.9 * (x - y)) + 0.04 * y
+    belt *= 1 - 0.55 * _cover(np.hypot(x - 5, y - 7) - 102, 16)  # the cap's shadow
+    picture = belt[..., None] * np.float32((0.94, 1, 1.15))
+
+    marks = 4 * np.sin(2.1 * radius) + 3 * np.sin(3.7 * radius + 1) + 3 * np.sin(0.9 * radius)  # of the lathe
     steel = 128 + 52 * light**4 + marks
-    steel = steel + 55 * light * _cover(np.abs(radius - 94) - 3) - 45 * _cover(np.abs(radius - 90) - 0.7)
-    steel = steel - 40 * _cover(np.abs(radius - 45) - 1.2) + 35 * light * _cover(np.abs(radius - 48) - 1.5)
-    paint((steel, steel + 3, steel + 7), inside)
+    steel += 55 * light * _cover(abs(radius - 94) - 3) - 45 * _cover(abs(radius - 90) - 0.7)  # bevelled rim
+    steel += 35 * light * _cover(abs(radius - 48) - 1.5) - 40 * _cover(abs(radius - 45) - 1.2)  # groove
+    body = _cover(radius - 98)
+    if bite is not None:
+        body *= 1 - _cover(np.hypot(x - bite[0], y - bite[1]) - bite[2])
+    picture = _paint(picture, steel, (1, 1.02, 1.05), body)
 
     for index in range(6):
-        angle = turn + index * math.pi / 3
-        u, v = x - 70 * math.cos(angle), y - 70 * math.sin(angle)
+        u, v = (part - 70 * wave(turn + index * math.pi / 3) for part, wave in ((x, math.cos), (y, math.sin)))
+        near = np.hypot(u, v) < 15
+        u, v, inside, pixels = u[near], v[near], body[near], picture[near]
         away = np.hypot(u, v)
-        side = facing(u, v) * np.minimum(away / 11, 1)
-        ring = 70 - 30 * side
-        paint((ring, ring, ring + 3), _cover(away - 13.5) * inside)
-        if index == missing:
-            thread = 16 + 10 * np.sin(2.2 * away) * _cover(5 - away) - 8 * side
-            paint((thread, thread, thread + 2), _cover(away - 10) * inside)
+        side = _facing(u, v) * np.minimum(away / 11, 1)
+        pixels = _paint(pixels, 70 - 30 * side, (1, 1, 1.04), _cover(away - 13.5) * inside)  # counterbore
+        if index == lost:
+            pixels = _paint(pixels, 16 - 8 * side, (1, 1, 1.1), _cover(away - 10) * inside)
         else:
-            head = 182 + 60 * side
-            paint((head, head + 2, head + 6), _cover(away - 11) * inside)
-            socket = 42 - 25 * side
-            paint((socket, socket, socket + 4), _cover(hexagon(u, v, turn + index) - 4.5) * inside)
+            pixels = _paint(pixels, 182 + 60 * side, (1, 1.01, 1.03), _cover(away - 11) * inside)
+            pixels = _paint(pixels, 42 - 25 * side, (1, 1, 1.1), _cover(_hexagon(u, v, turn + index) - 4.5) * inside)
+        picture[near] = pixels
 
-    brass = 0.80 + 0.25 * light**4 + marks / 200 + 0.35 * light * _cover(np.abs(radius - 31) - 3)
-    paint((205 * brass, 165 * brass, 92 * brass), _cover(radius - 34))
-    socket = hexagon(x, y, turn)
-    depth = 34 - 26 * light * np.minimum(radius / 17, 1)
-    paint((depth + 6, depth + 2, depth), _cover(socket - 15))
-    return picture
+    brass = 164 + 51 * light**4 + marks + 72 * light * _cover(abs(radius - 31) - 3)
+    picture = _paint(picture, brass, (1, 0.8, 0.45), _cover(radius - 34))
+    depth = 38 - 26 * light * np.minimum(radius / 17, 1)
+    return _paint(picture, depth, (1.05, 0.95, 0.9), _cover(_hexagon(x, y, turn) - 15))
 
 
 def _toy_image(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A picture (256, 256, 3) uint8 and its mask (256, 256): where it differs by more than 8 of 255 from the same picture, with
-    the same noise, without the defect."""
-    y, x = np.mgrid[:256, :256] - 127.5 - rng.uniform(-2, 2, (2, 1, 1))
-    turn, phase, light = math.radians(rng.uniform(-2, 2)), rng.uniform(0, 2 * math.pi), rng.uniform(0.96, 1.04)
-    noise = rng.normal(0, 2, (256, 256, 3))
-    normal = picture = _cap(x, y, turn, phase, None, None)
-    angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(30, 75)
-    at = reach * np.array((math.cos(angle), math.sin(angle)))
+    """A picture (256, 256, 3) uint8 and its mask (256, 256) bool: where it differs by more than 8 of 255 from the same
+    picture, with the same noise, without the defect."""
+    y, x = (np.mgrid[:256, :256] - 127.5 - rng.uniform(-2, 2, (2, 1, 1))).astype(np.float32)
+    turn, weft, light = math.radians(rng.uniform(-2, 2)), rng.uniform(0, 2 * math.pi), rng.uniform(0.96, 1.04)
+    noise = 2 * rng.standard_normal((256, 256, 3), np.float32)
+    normal = picture = _cap(x, y, turn, weft)
+
+    angle, reach = rng.uniform(0, 2 * math.pi), rng.uniform(30, 78)
+    right, down = math.cos(angle), math.sin(angle)
     if kind == "missing" and rng.random() < 0.5:
-        picture = _cap(x, y, turn, phase, int(rng.integers(6)), None)
+        picture = _cap(x, y, turn, weft, lost=int(rng.integers(6)))
     elif kind == "missing":
-        picture = _cap(x, y, turn, phase, None, np.append(at / reach * 100, rng.uniform(15, 24)))
+        picture = _cap(x, y, turn, weft, bite=(100 * right, 100 * down, rng.uniform(15, 24)))
     elif kind == "scratch":
-        along = np.linspace(-0.5, 0.5, 60)[:, None, None]
-        heading, bend, length = rng.uniform(0, 2 * math.pi), rng.uniform(-1, 1), rng.uniform(60, 130)
-        way = heading + bend * along
-        u, v = (at[i] * 0.6 + length * (np.cumsum(wave(way), 0) - wave(way).sum(0) / 2) / 60 for i, wave in ((0, np.cos), (1, np.sin)))
-        # width: full in the middle, tapering to the ends
-        edge = np.hypot(x - u, y - v) - rng.uniform(1.9, 2.8) * np.sqrt(1 - (2 * along) ** 2)
-        edge, groove = edge.min(0), np.hypot(x - u - 1, y - v - 1.2).min(0)
-        picture = picture + (30 - picture) * 0.75 * (_cover(groove - 3.2, 2) * (edge < 3))[..., None]
-        picture = picture + (np.array((236, 238, 242)) - picture) * _cover(edge, 1.5)[..., None]
+        along = np.linspace(-0.5, 0.5, 64, dtype=np.float32)[:, None, None]
+        way, length = rng.uniform(0, 2 * math.pi) + rng.uniform(-1, 1) * along, rng.uniform(60, 130)  # an arc
+        u = x - 0.7 * reach * right - length * (np.cos(way).cumsum(0) - np.cos(way).sum(0) / 2) / 64
+        v = y - 0.7 * reach * down - length * (np.sin(way).cumsum(0) - np.sin(way).sum(0) / 2) / 64
+        bright = (np.hypot(u, v) - rng.uniform(1.9, 2.8) * np.sqrt(1 - (2 * along) ** 2)).min(0)  # ends taper
+        steel = _cover(np.hypot(x, y) - 97)
+        dark = _cover(np.hypot(u - 1, v - 1.2).min(0) - 3, 2)
+        picture = _paint(picture, np.float32(30), (1, 1, 1), 0.75 * dark * steel)
+        picture = _paint(picture, np.float32(238), (1, 1, 1), _cover(bright, 1.5) * steel)
     elif kind == "stain":
-        u, v = x - at[0], y - at[1]
-        around, wobble = np.arctan2(v, u), np.zeros_like(x)
+        u, v = x - reach * right, y - reach * down
+        around, outline = np.arctan2(v, u), 1
         for lobes in range(2, 7):
-            wobble += rng.uniform(0.05, 0.28) / math.sqrt(lobes) * np.cos(lobes * around + rng.uniform(0, 2 * math.pi))
-        blob = np.hypot(u, v) - rng.uniform(13, 22) * (1 + wobble)
-        colour = np.array((74, 46, 24)) + rng.uniform(-12, 12)
-        picture = picture + (colour - picture) * 0.82 * _cover(blob, 7)[..., None]
-    normal, picture = (np.clip(image * light + noise, 0, 255).round().astype(np.uint8) for image in (normal, picture))
-    return picture, (np.abs(picture.astype(int) - normal) > 8).any(axis=2)
+            outline += rng.uniform(0.05, 0.28) * np.cos(lobes * around + rng.uniform(0, 2 * math.pi)) / lobes**0.5
+        blob = np.hypot(u, v) - rng.uniform(13, 22) * outline
+        picture = _paint(picture, np.float32(rng.uniform(62, 86)), (1, 0.62, 0.32), 0.82 * _cover(blob, 7))
+    normal, picture = (np.clip(image * np.float32(light) + noise, 0, 255).round() for image in (normal, picture))
+    return picture.astype(np.uint8), (abs(picture - normal) > 8).any(axis=2)
 
 
 def make_toy(folder: Path | str, seed: int = 0) -> Path:
-    """Draws the toy product (TOY says how many of what) in MVTec's layout, some 20 MB of PNG, and returns its folder. The folder
-    appears whole or not at all; one that is there is kept, whatever its seed."""
+    """Draws the toy product, 156 images in MVTec's layout and 20 MB, and returns its folder. That appears whole or not
+    at all; one that is there already is kept, whatever its seed."""
     folder = Path(folder)
     if folder.exists():
         if any(not (folder / part / f"{count - 1:03d}.png").is_file() for part, count in TOY.items()):
@@ -531,7 +543,7 @@ def make_toy(folder: Path | str, seed: int = 0) -> Path:
             if not folder.is_dir():
                 raise
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror or error}; free space or choose another folder") from None
+        raise _unwritable(folder, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
