@@ -136,12 +136,13 @@ def decode(paths: Sequence[Path], size: int, name: str) -> Tensor:
 # --- Data sets --------------------------------------------------------------------------------------------------------
 
 
-def _images(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}")
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be listed: {error.strerror}; check the path and its permissions")
 
+
+def _images(folder: Path) -> list[Path]:
     found = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)  # which passes Thumbs.db over, too
@@ -150,9 +151,9 @@ def _images(folder: Path) -> list[Path]:
 def list_images(folder: Path | str) -> list[Path]:
     """The folder's images and its subfolders', sorted, without dot-files and dot-folders; a file gives itself."""
     folder = Path(folder)
-    if not folder.exists():
+    if not os.path.lexists(folder):  # os.path's never raise, as Path's do on names too long or folders forbidden
         raise InputError(f"{folder}: no such file or folder; check the path")
-    found = [folder] if folder.is_file() else _images(folder)
+    found = _images(folder) if os.path.isdir(folder) else [folder]
     if not found:
         raise InputError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
     return found
@@ -178,14 +179,14 @@ class Category:
 
 def _category(folder: Path) -> Category:
     good = folder / "train" / "good"
-    if good.is_dir():
+    if os.path.isdir(good):
         train = list_images(good)
     else:  # not the subfolders, which may hold defects
         train = [path for path in _images(folder / "train") if path.parent == folder / "train"]
     if not train:
         raise InputError(f"{folder / 'train'}: holds no images; put the normal ones into {good}")
     category = Category(folder.resolve().name, folder, train)
-    for path in _images(folder / "test") if (folder / "test").is_dir() else []:
+    for path in _images(folder / "test") if os.path.isdir(folder / "test") else []:
         inside = path.relative_to(folder / "test")
         if len(inside.parts) == 1:
             raise InputError(f"{path}: is it normal or not? Put it into test/good or into test/ and the defect's name")
@@ -193,7 +194,7 @@ def _category(folder: Path) -> Category:
         category.defects.append(inside.parts[0])
         category.labels.append(inside.parts[0] != "good")
     truth = folder / "ground_truth"
-    found = {path.relative_to(truth).with_suffix(""): path for path in _images(truth)} if truth.is_dir() else {}
+    found = {path.relative_to(truth).with_suffix(""): path for path in _images(truth)} if os.path.isdir(truth) else {}
     for path, label in zip(category.test, category.labels):
         inside = path.relative_to(folder / "test").with_suffix("")
         mask = found.get(inside.with_name(inside.name + "_mask"), found.get(inside))
@@ -209,14 +210,15 @@ def find_categories(folder: Path | str) -> list[Category]:
     (images directly in train/ do as well, and all but train/ may be missing); else the folders in it that are, by name;
     else all its images as one training set, without a test set."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}; check the path")
-    if (folder / "train").is_dir():
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: {'is not a' if os.path.lexists(folder) else 'no such'} folder; check the path")
+    if os.path.isdir(folder / "train"):
         return [_category(folder)]
-    below = sorted(child for child in folder.iterdir() if child.name[0] != "." and (child / "train").is_dir())
+    _, children, _ = next(os.walk(folder, onerror=_refuse))
+    below = [folder / name for name in sorted(children) if name[0] != "." and os.path.isdir(folder / name / "train")]
     if below:
         return [_category(child) for child in below]
-    if (folder / "test").is_dir():  # as a plain folder its defects would be learned as normal
+    if "test" in children:  # as a plain folder its defects would be learned as normal
         raise InputError(f"{folder}: has test/ but no train/; put normal images into {folder / 'train' / 'good'}")
     return [Category(folder.resolve().name, folder, list_images(folder))]
 
@@ -286,7 +288,7 @@ def _best_f1(hits: Tensor, alarms: Tensor) -> float:
 def _overlap(masks: Tensor) -> Tensor:
     """What finding a pixel adds to the mean overlap: 1 / (regions * its region's pixels), 0 for normal ones."""
     regions = connected_components(masks)
-    share = regions.flatten().bincount().double()
+    share = regions.flatten().bincount(minlength=1).double()
     share[1:] *= len(share) - 1
     share = 1 / share
     share[0] = 0
@@ -520,8 +522,8 @@ def make_toy(folder: Path | str, seed: int = 0) -> Path:
     """Draws the toy product, 156 images in MVTec's layout and 20 MB, and returns its folder. That appears whole or not
     at all; one that is there already is kept, whatever its seed."""
     folder = Path(folder)
-    if folder.exists():
-        if any(not (folder / part / f"{count - 1:03d}.png").is_file() for part, count in TOY.items()):
+    if os.path.lexists(folder):
+        if any(not os.path.isfile(folder / part / f"{count - 1:03d}.png") for part, count in TOY.items()):
             raise InputError(f"{folder}: is not the generated toy product; move it away or give another folder")
         return folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
