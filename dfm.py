@@ -150,7 +150,7 @@ RESNETS = {
     "wide_resnet50_2": ((1, 3, 1), (3, 4, 6, 3), 128, 256),
 }
 
-# IMAGENET1K_V1: what the published anomaly figures of these nets were measured with; V2 files fit with a path.
+# IMAGENET1K_V1, the weights there were when the papers appeared; a file of V2 fits too, given by its path.
 URLS = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -205,12 +205,12 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         in_channels = 64
         for i, count in enumerate(blocks):
-            layer = nn.Sequential()
+            stage = nn.Sequential()
             for j in range(count):
                 stride = 2 if i > 0 and j == 0 else 1
-                layer.append(ResidualBlock(in_channels, width << i, out_channels << i, kernels, stride))
+                stage.append(ResidualBlock(in_channels, width << i, out_channels << i, kernels, stride))
                 in_channels = out_channels << i
-            self.add_module(LAYERS[i], layer)
+            self.add_module(LAYERS[i], stage)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(in_channels, 1000)  # not computed; here for the keys
         self.requires_grad_(False).eval()
@@ -318,8 +318,8 @@ class DFMModel(nn.Module):
         if self.score_type == "nll":
             scores = [g.score_samples(p.transform(features)) for p, g in zip(self.pca, self.gaussian)]
             return torch.stack(scores).amin(0), None
-        errors = [features.double() - p.inverse_transform(p.transform(features)) for p in self.pca]
-        grids = torch.stack([error.square().sum(1) for error in errors])  # (classes, N, h, w)
+        grids = torch.stack([(features - p.inverse_transform(p.transform(features))).square().sum(1)
+                             for p in self.pca])  # (classes, N, h, w)
         squared, best = grids.sum((2, 3)).min(0)  # (N,), (N,)
         return squared.sqrt(), grids.gather(0, best.view(1, -1, 1, 1).expand_as(grids[:1]))[0]
 
@@ -395,8 +395,8 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
         try:
             state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:  # no network, no such page, a wrong hash, a damaged file in the cache
-            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file (--weights "
-                             "FILE), random weights (--weights random), or a machine with a network") from None
+            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file (--weights"
+                             " FILE), random weights (--weights random), or a machine with a network") from None
     else:
         state = read_weights(path)
     whole = model.state_dict()

@@ -161,14 +161,18 @@ def test_singular_values_keep_their_digits_over_twelve_decades(n, d):
 @pytest.mark.parametrize("variances, share, count", [
     ([1.0] * 43 + [0.13] * 10, 0.97, 43),  # 42 of them hold 0.948, 43 0.971: an index taken as a count gives 42
     ([98.0, 1.0, 1.0], 0.97, 1),  # the first alone
-    ([97.0, 2.0, 1.0], 0.97, 1),  # just so
     ([96.0, 2.0, 2.0], 0.97, 2),
-    ([4.0, 3.0, 2.0, 1e-9], 1.0, 4),
+    ([4.0, 3.0, 2.0, 1e-14], 1.0, 4),
     ([4.0, 3.0, 2.0, 1e-9], 2, 2),
     ([4.0, 3.0, 2.0, 1e-9], 1, 1),
 ])
 def test_the_smallest_number_of_components_whose_variance_reaches_the_share(variances, share, count):
     assert len(PCA(share).fit(spectrum(variances)).components) == count
+
+
+def test_a_share_that_is_reached_exactly_is_reached_in_spite_of_rounding():
+    for percent in range(51, 100):
+        assert len(PCA(percent / 100).fit(spectrum([percent, 100 - percent])).components) == 1
 
 
 def test_gaussian_equals_multivariate_normal():
@@ -260,9 +264,9 @@ def test_model_equals_slow_dfm():
     torch.manual_seed(0)
     model = DFMModel("resnet18", "layer1", False, pooling_kernel_size=4, n_comps=0.9)
     train, test = image(3, 40, 3, 32, 32), image(4, 3, 3, 32, 32)
-    normalized = (train - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     features = model.features(train)
-    close(features, model.backbone(normalized).view(40, 64, 2, 4, 2, 4).mean((3, 5)))
+    close(features, model.backbone((train - mean) / std).view(40, 64, 2, 4, 2, 4).mean((3, 5)))
     score, anomaly_map = model.fit(features).predict(test)
     fre, maps, nll = slow_dfm(features.double().numpy(), model.features(test).double().numpy(), 0.9, 32)
     close(score, torch.tensor(fre).float(), rtol=1e-6, atol=0)
@@ -271,6 +275,15 @@ def test_model_equals_slow_dfm():
     gaussian = DFMModel("resnet18", "layer1", False, pooling_kernel_size=4, n_comps=0.9, score_type="nll").fit(features)
     close(gaussian.score_features(model.features(test))[0], torch.tensor(nll), rtol=1e-8, atol=0)
     assert gaussian.predict(test)[1] is None
+
+
+def test_map_scale_is_the_largest_value_before_pca_of_any_class():
+    train, labels = randn(9, 6, 3, 2) + 4, torch.tensor([2, 0, 0, 2, 2, 0, 0, 2, 0])
+    train[4] *= 3
+    model = DFMModel("resnet18", "layer1", False).fit(train, labels)
+    largest = max(((f - train[labels == label].mean(0))[:, y, x] ** 2).sum()
+                  for f, label in zip(train, labels) for y in range(3) for x in range(2))
+    close(model.map_scale, largest.float())
 
 
 def test_a_score_is_the_lowest_over_the_classes_with_that_classs_map():
