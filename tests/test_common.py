@@ -1,5 +1,5 @@
 """common.py against oracles that share none of its code: pixel values computed in numpy from what was written into a
-file, a dense triangle filter for the resize, pairwise and all-threshold loops for the metrics, a flood fill for regions,
+file, a dense triangle filter for the resize, pairwise and all-threshold loops for metrics, a flood fill for regions,
 the toy product's pictures drawn again without their defects."""
 
 import colorsys
@@ -663,7 +663,7 @@ def test_toy_layout(toy):
 
 
 def test_toy_masks_are_where_the_defect_shows(toy):
-    """The same draws without the defect: in the mask the pictures differ by more than 8 levels, elsewhere by no more."""
+    """The same draws without the defect: in the mask the pictures differ by more than 8, elsewhere by no more."""
     (category,) = common.find_categories(toy)
     for path, mask, defect in zip(category.test, category.masks, category.defects):
         if mask is None or int(path.stem) % 3:
