@@ -17,7 +17,7 @@ Here
 Notation (n samples; d = C * h * w values each; k directions kept)
     f       features            (n, C, h, w)    pooled features of a layer, or any (n, d)
     mu      mean                (C, h, w)       their mean over the samples
-    T       components          (k, C, h, w)    orthonormal rows; T (f - mu) reduces, T^t (.) + mu is the pre-image
+    T       components          (k, d)          orthonormal rows; T (f - mu) reduces, T^t (.) + mu is the pre-image
     s       singular_values     (k,)            of the centred features
     S       deviation           (k,)            s / sqrt(n): standard deviation along each direction
     C       -                   (d, d)          covariance = U S^2 U^t, never built
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """features - mean = U diag(singular_values) axes, in float64, without the null directions.
 
-    features (n, ...) -> mean (...), singular values (r,) falling, axes (r, ...) orthonormal; ValueError where r is 0.
+    features (n, ...) -> mean (...), singular values (r,) falling, axes (r, d) orthonormal; ValueError where r is 0.
 
     QR of the longer side, then the SVD of the small square factor: the digits of a direct SVD (a Gram matrix would
     square the condition number) in a quarter of its time; 1,000 x 16,384 takes about 2 s on two cores.
@@ -52,14 +52,13 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if n < d:
         basis, factor = torch.linalg.qr(centred.T)  # (d, n), (n, n)
         _, singular_values, axes = torch.linalg.svd(factor.T)
-        axes = axes @ basis.T  # (n, d)
+        axes = axes @ basis.T
     else:
-        _, singular_values, axes = torch.linalg.svd(torch.linalg.qr(centred, mode="r").R)  # (d,), (d, d)
+        _, singular_values, axes = torch.linalg.svd(torch.linalg.qr(centred, mode="r").R)
     kept = singular_values > torch.finfo(torch.float64).eps * max(n, d) * rows.norm()
     if not kept.any():
-        raise ValueError(f"no direction varies over {n} sample{'s' * (n > 1)}: at least two different ones are needed")
-    shape = features.shape[1:]
-    return mean.reshape(shape), singular_values[kept], axes[kept].reshape(-1, *shape)
+        raise ValueError(f"no direction varies over {n} sample{'s' * (n != 1)}: at least two different ones are needed")
+    return mean.reshape(features.shape[1:]), singular_values[kept], axes[kept]
 
 
 class _Subspace(nn.Module):
@@ -75,7 +74,7 @@ class _Subspace(nn.Module):
         if features.shape[1:] != self.mean.shape:
             raise ValueError(f"{type(self).__name__} was fitted to samples of shape {tuple(self.mean.shape)}, "
                              f"got {tuple(features.shape[1:])}")
-        return (features.double() - self.mean).flatten(1) @ self.components.flatten(1).T
+        return (features.double() - self.mean).flatten(1) @ self.components.T
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, buffer in self.named_buffers():
@@ -114,7 +113,7 @@ class PCA(_Subspace):
 
     def inverse_transform(self, reduced: Tensor) -> Tensor:
         """T^t reduced + mu, the pre-image: (n, k) -> (n, ...)."""
-        return (reduced.double() @ self.components.flatten(1)).unflatten(1, self.mean.shape) + self.mean
+        return (reduced.double() @ self.components).unflatten(1, self.mean.shape) + self.mean
 
 
 class SingleClassGaussian(_Subspace):
@@ -294,6 +293,8 @@ class DFMModel(nn.Module):
         """
         features = _as_maps(features).to(self.map_scale.device)
         labels = torch.zeros(len(features)) if labels is None else torch.as_tensor(labels).flatten().cpu()
+        if not len(features):
+            raise ValueError("no samples to fit to")
         if len(labels) != len(features):
             raise ValueError(f"labels: {len(labels)} for {len(features)} samples")
         pca, gaussian, scale = nn.ModuleList(), nn.ModuleList(), []
@@ -395,8 +396,8 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
         try:
             state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:  # no network, no such page, a wrong hash, a damaged file in the cache
-            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file (--weights"
-                             " FILE), random weights (--weights random), or a machine with a network") from None
+            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file "
+                             "(--weights FILE), random weights (--weights random), or a network") from None
     else:
         state = read_weights(path)
     whole = model.state_dict()

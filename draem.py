@@ -427,6 +427,7 @@ class DraemModel(nn.Module):
 
     def __init__(self, width: int = 128, sspcab: bool = False):
         super().__init__()
+        self.settings = dict(width=width, sspcab=sspcab)
         self.reconstructive_subnetwork = ReconstructiveSubNetwork(base_width=width, sspcab=sspcab)
         self.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=width // 2)
         self.apply(initialize)
@@ -437,17 +438,22 @@ class DraemModel(nn.Module):
         return reconstruction, logits
 
     @torch.no_grad()
-    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+    def predict_parts(self, image: Tensor, window: int = 21) -> dict[str, Tensor]:
         """Eq. (5): eta = max(M_o * f_sf): score (N,), the maximum of the window x window mean of anomaly_map (N, H, W).
 
-        The code's window is 21 at 256 x 256, padded with zeros (test_DRAEM.py:105).
+        The code's window is 21 at 256 x 256, padded with zeros (test_DRAEM.py:105). The reconstruction comes along.
         """
         if self.training:
             raise RuntimeError("predict needs the statistics learned in training: call model.eval() first")
-        _, logits = self(image)
+        reconstruction, logits = self(image)
         anomaly_map = logits.float().softmax(1)[:, 1]
         score = F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
-        return score, anomaly_map
+        return {"score": score, "anomaly_map": anomaly_map, "reconstruction": reconstruction}
+
+    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+        """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
+        parts = self.predict_parts(image, window)
+        return parts["score"], parts["anomaly_map"]
 
 
 def initialize(module: nn.Module) -> None:

@@ -218,7 +218,7 @@ def test_pca_errors():
             PCA(share)
     with pytest.raises(ValueError, match="11 components asked for, 10 samples vary along 9 only"):
         PCA(11).fit(randn(10, 20))
-    for x in (torch.ones(5, 3), randn(1, 3)):
+    for x in (torch.ones(5, 3), randn(1, 3), randn(0, 3)):
         with pytest.raises(ValueError, match="no direction varies"):
             PCA(0.97).fit(x)
     with pytest.raises(ValueError, match="1 of 10 samples hold NaN"):
@@ -415,6 +415,8 @@ def test_model_errors():
         model.features(image(0, 1, 3, 64, 64))
     with pytest.raises(ValueError, match="not fitted"):
         model.score_features(randn(1, 4))
+    with pytest.raises(ValueError, match="no samples"):
+        model.fit(randn(0, 4))
     with pytest.raises(ValueError, match="labels: 2 for 5 samples"):
         model.fit(randn(5, 4), torch.zeros(2))
     with pytest.raises(ValueError, match=r"or \(n, d\) are needed, got \(5, 4, 3\)"):
