@@ -129,6 +129,7 @@ def rank_codes(codes: Tensor) -> Tensor:
 
     Once for a trained codebook: 4096 codes take about two seconds on a CPU core and 64 MiB.
     """
+    codes = codes - codes.mean(0)  # for exactness, as in VectorQuantizer.nearest
     norms = codes.square().sum(1)
     return torch.cat([torch.addmm(norms, rows, codes.t(), alpha=-2).sort(dim=1, stable=True)[1].int()
                       for rows in codes.split(512)])
@@ -232,13 +233,16 @@ class VectorQuantizer(nn.Module):
         self.ema_w = nn.Parameter(torch.randn(num_embeddings, embedding_dim), requires_grad=False)
         self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
 
+    @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
         """argmin over codes of ||feature - code||^2, less ||feature||^2, which is the same for all: (N, h, w).
 
-        The distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes.
+        The distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. All vectors are
+        taken from the codes' mean, lest rounding decide where they lie close together (as before any training).
         """
         with torch.autocast(features.device.type, enabled=False):
-            rows, codes = features.float().movedim(1, -1), self.embedding.weight
+            mean = self.embedding.weight.mean(0)
+            rows, codes = features.float().movedim(1, -1) - mean, self.embedding.weight - mean
             distance = torch.addmm(codes.square().sum(1), rows.flatten(0, 2), codes.t(), alpha=-2)
             return distance.argmin(1).view(rows.shape[:3])
 
@@ -759,7 +763,7 @@ def read_codebook(path: str | Path) -> dict:
                 for name in archive.namelist():
                     if name.endswith(".pckl"):  # no file that torch.save wrote, itself a zip, has such a member
                         return read_weights(io.BytesIO(archive.read(name)))
-        except (zipfile.BadZipFile, ValueError):
+        except Exception:  # a damaged file fails in many ways
             raise ValueError(f"{path}: damaged; delete it and fetch it again from {CODEBOOK_URL}") from None
     return read_weights(path)
 
