@@ -47,7 +47,7 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 # Copied from draem.gradient_noise
 def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
-    """Perlin noise (N, H, W) at the lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
+    """Perlin noise (N, H, W) at lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
 
     The code's perlin.py: the four corners' products gradient * offset, blended by fade(t) = 6 t^5 - 15 t^4 + 10 t^3,
     times sqrt(2). Coordinates lie in [0, R - 1) and [0, C - 1).
@@ -74,8 +74,8 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
     """`count` independent noise images (count, height, width), of any size.
 
     As in the code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; turning the
-    coordinates instead costs less and blurs nothing.
+    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; to turn
+    the coordinates instead costs less and blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
@@ -91,7 +91,7 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
 # Copied from draem.change
 def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
-    """`function(image, *arguments)` for the chosen samples (N,), the others as they are; every argument is per sample."""
+    """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
     if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
     index = chosen.nonzero().squeeze(1)
@@ -112,7 +112,7 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 # Copied from draem.rotate_normals
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-`degrees`: the paper's angle (the code's is 90), the code's share."""
+    """Turn a share of the normal images by up to +-degrees: the paper's angle (the code's is 90), the code's share."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
@@ -174,7 +174,7 @@ def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[fl
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Focal loss = mean over pixels of -(1 - p)^2 log p, p the softmax probability of the pixel's true class.
 
-    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted, and
+    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted,
     labels smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5, which also keeps log p finite.
     """
     with torch.autocast(logits.device.type, enabled=False):
@@ -586,7 +586,10 @@ class DsrModel(nn.Module):
         self.ranked = None  # rank_codes of both codebooks, while stage 2 is trained
 
     def train_stage(self, stage: int) -> list[nn.Parameter]:
-        """Freeze what stage 1, 2 or 3 does not train, put the rest in training mode, and return its parameters."""
+        """Freeze what stage 1, 2 or 3 does not train, put the rest in training mode, and return its parameters.
+
+        For stage 2 both codebooks are ranked, as they are now and on the device where they are.
+        """
         last, first = "upsampling_module", "discrete_latent_model"
         names = [name for name, _ in self.named_children()]
         trained = {1: [first], 2: [name for name in names if name not in (first, last)], 3: [last]}[stage]
@@ -603,9 +606,12 @@ class DsrModel(nn.Module):
     def simulate(self, image: Tensor, generator: torch.Generator, normal_share: float = 0.5) -> Simulated:
         """Stage 2's anomalies, after train_stage(2): codes swapped under a Perlin mask, pooled to each level's size.
 
-        Both levels' codes with probability 1/2, those of lo or those of hi alone with 1/4 each; F_hi, which depends on
-        Q_lo, is quantized anew from the changed Q_lo. The mask returned has the pixels of lo where lo was changed.
+        As in the code: both levels' codes with probability 1/2, those of lo or those of hi alone with 1/4 each; F_hi,
+        which depends on Q_lo, is quantized anew from the changed Q_lo; the mask returned has the pixels of lo where lo
+        was changed. The code first turns normal images: rotate_normals(image, generator, 90, 0.4), 0.3 in stage 3.
         """
+        if self.ranked is None:
+            raise RuntimeError("simulate needs both codebooks ranked: call model.train_stage(2) first")
         count, _, height, width = image.shape
         latent = self.discrete_latent_model
         top, bot = latent.vq_vae_top, latent.vq_vae_bot
@@ -682,8 +688,8 @@ def read_weights(path: str | Path) -> dict:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
         unsafe = "weights_only" in str(error) and "nsupported" in str(error)
-        raise ValueError(f"{path}: " + ("holds more than tensors and would run code; save its state dict alone" if unsafe
-                                        else "truncated, or not a file of weights")) from None
+        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
+                                        if unsafe else "truncated, or not a file of weights")) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
@@ -801,7 +807,8 @@ def load_dsr(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
             raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of dsr")
         state = content["model"]
     elif "state_dict" in content:
-        state = clean({k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")})
+        modules = tuple(f"model.{module}." for module in ("discrete_latent_model", *AUTHORS_FILES.values()))
+        state = clean({k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith(modules)})
     else:
         kind = next((kind for kind in AUTHORS_FILES if path.name.startswith(f"DSR_{kind}_")), None)
         if kind is None:

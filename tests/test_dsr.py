@@ -329,6 +329,8 @@ def test_three_cases_and_their_target_masks(monkeypatch):
 
 def test_simulation_follows_its_generator_and_leaves_half_of_the_samples():
     model, x = small(), image(5, 64, 3, 64, 64)
+    with pytest.raises(RuntimeError, match="train_stage"):
+        model.simulate(x, seeded())
     model.train_stage(2)
     one, two = model.simulate(x, seeded(7)), model.simulate(x, seeded(7))
     assert all(map(torch.equal, one, two))
@@ -465,7 +467,7 @@ def test_anomalib_and_own_checkpoints(tmp_path):
     content = {}
     for name in PARTS:
         content |= {f"model.{name}.{k}": v for k, v in as_authors(getattr(model, name)).items()}
-    content["post_processor._image_threshold"] = torch.zeros(1)
+    content |= {"post_processor._image_threshold": torch.zeros(1), "model.other": torch.zeros(1)}
     torch.save({"state_dict": content, "epoch": 3}, tmp_path / "anomalib.ckpt")
     torch.save({"method": "dsr", "settings": SMALL, "model": model.state_dict()}, tmp_path / "last.pt")
     torch.save({"method": "dsr-codebook", "model": model.discrete_latent_model.state_dict()}, tmp_path / "codebook.pt")
