@@ -223,6 +223,10 @@ def test_a_code_far_from_all_features_is_revived_and_others_are_not():
     assert changed.tolist() == [False, False, True, False, False, False]
     assert (features[0].flatten(1).T == quantizer.embedding.weight[2]).all(1).any()
     torch.testing.assert_close(quantizer.ema_w / quantizer.ema_cluster_size[:, None], quantizer.embedding.weight)
+    before = state(quantizer)
+    quantizer.ema_cluster_size.fill_(0.05)  # enough where six codes share two features, of which 0.33 for each
+    quantizer.revive(torch.zeros(2, 3), seeded())
+    assert torch.equal(quantizer.embedding.weight, before["embedding.weight"])
 
 
 def train_codebooks(batch: slice, generator: torch.Generator, steps: int, wrap=lambda model: model) -> dict:
