@@ -362,8 +362,8 @@ def read_weights(path: str | Path) -> dict:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
         unsafe = "weights_only" in str(error) and "nsupported" in str(error)
-        raise ValueError(f"{path}: " + ("holds more than tensors and would run code; save its state dict alone" if unsafe
-                                        else "truncated, or not a file of weights")) from None
+        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
+                                        if unsafe else "truncated, or not a file of weights")) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content

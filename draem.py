@@ -1,6 +1,6 @@
 """DRAEM: a discriminatively trained reconstruction embedding for surface anomaly detection.
 
-Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. Authors' code: VitjanZ/DRAEM @ 2dbf673, "the code" below.
+Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. Authors' code: VitjanZ/DRAEM @ 2dbf673, here "the code".
 SSPCAB, an optional block: Ristea et al., CVPR 2022, arXiv 2111.09099; code ristea/sspcab @ 07d416c.
 
 One network paints a product's image free of anomalies, a second one compares what went in with what came out and marks
@@ -35,7 +35,7 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 
 
 def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
-    """Perlin noise (N, H, W) at the lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
+    """Perlin noise (N, H, W) at lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
 
     The code's perlin.py: the four corners' products gradient * offset, blended by fade(t) = 6 t^5 - 15 t^4 + 10 t^3,
     times sqrt(2). Coordinates lie in [0, R - 1) and [0, C - 1).
@@ -61,8 +61,8 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
     """`count` independent noise images (count, height, width), of any size.
 
     As in the code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; turning the
-    coordinates instead costs less and blurs nothing.
+    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; to turn
+    the coordinates instead costs less and blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
@@ -77,7 +77,7 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
 
 def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
-    """`function(image, *arguments)` for the chosen samples (N,), the others as they are; every argument is per sample."""
+    """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
     if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
     index = chosen.nonzero().squeeze(1)
@@ -96,12 +96,12 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-`degrees`: the paper's angle (the code's is 90), the code's share."""
+    """Turn a share of the normal images by up to +-degrees: the paper's angle (the code's is 90), the code's share."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
 
-# The code's ten texture augmentations (data_loader.py, by imgaug's definitions). x is in [0, 1], u (n, 3) uniform draws.
+# The code's ten texture augmentations (data_loader.py, as imgaug defines them): x in [0, 1], u (n, 3) uniform draws.
 
 
 def gamma(x: Tensor, u: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ def invert(x: Tensor, u: Tensor) -> Tensor:
 def histogram(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each channel's values as levels 0..255 (n, 3, H * W) and the number of pixels up to each level (n, 3, 256)."""
     level = (x * 255).round().long().clamp(0, 255).flatten(2)
-    counts = torch.zeros(*x.shape[:2], 256, device=x.device).scatter_add_(2, level, torch.ones_like(level, dtype=x.dtype))
-    return level, counts.cumsum(2)
+    counts = torch.zeros(*x.shape[:2], 256, device=x.device)
+    return level, counts.scatter_add_(2, level, torch.ones_like(level, dtype=x.dtype)).cumsum(2)
 
 
 def autocontrast(x: Tensor, u: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def autocontrast(x: Tensor, u: Tensor) -> Tensor:
 
 
 def equalize(x: Tensor, u: Tensor) -> Tensor:
-    """Pillow's histogram equalization: level -> pixels below it, in steps of (pixels below the last level used) / 255."""
+    """Pillow's histogram equalization: level -> pixels below it, in steps of (pixels below the last one used) / 255."""
     level, below = histogram(x)
     counts = below.diff(dim=2, prepend=torch.zeros_like(below[:, :, :1]))
     last = counts.gather(2, 255 - (counts.flip(2) > 0).long().argmax(2, keepdim=True))
@@ -182,7 +182,8 @@ def turn(x: Tensor, u: Tensor) -> Tensor:
     return rotate(x, 90 * u[:, 0] - 45)
 
 
-AUGMENTATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize, turn)
+AUGMENTATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize,
+                 turn)
 
 
 def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -231,8 +232,8 @@ def synthesize_anomalies(image: Tensor, texture: Tensor | None, generator: torch
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """Eq. (1): L_SSIM = mean over pixels of (1 - SSIM(x, y))
 
-    SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)) with means, variances and covariance under an
-    11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of range 1.
+    SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)) with means, variances and covariance under
+    an 11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of range 1.
     The border is padded with zeros as in the code (loss.py:113). The code guesses the range from the reconstruction's
     values (loss.py:99), so that one dark pixel below -0.5 changes the loss of all; here it is 1.
     """
@@ -254,7 +255,7 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Focal loss = mean over pixels of -(1 - p)^2 log p, p the softmax probability of the pixel's true class.
 
-    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted, and
+    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted,
     labels smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5, which also keeps log p finite.
     """
     with torch.autocast(logits.device.type, enabled=False):
@@ -423,11 +424,10 @@ class DiscriminativeSubNetwork(nn.Module):
 
 
 class DraemModel(nn.Module):
-    """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters and, at 256 x 256, 198 GMAC."""
+    """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters, 198 GMAC at 256."""
 
     def __init__(self, width: int = 128, sspcab: bool = False):
         super().__init__()
-        self.settings = dict(width=width, sspcab=sspcab)
         self.reconstructive_subnetwork = ReconstructiveSubNetwork(base_width=width, sspcab=sspcab)
         self.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=width // 2)
         self.apply(initialize)
@@ -476,9 +476,9 @@ def read_weights(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "weights_only" in str(error) and "nsupported" in str(error)
-        raise ValueError(f"{path}: " + ("holds more than tensors and would run code; save its state dict alone" if unsafe
-                                        else "truncated, or not a file of weights")) from None
+        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
+        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
+                                        if unsafe else "truncated, or not a file of weights")) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
     return content
@@ -499,6 +499,12 @@ def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
     module.load_state_dict(state)
 
 
+def reorder(value, dim: int, order: tuple[int, ...]):
+    """A tensor's slices along dim in that order. What has not that many there stays as it is, for set_weights to name."""
+    fits = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == len(order)
+    return value.index_select(dim, torch.tensor(order)) if fits else value
+
+
 def load_draem(path: str | Path) -> DraemModel:
     """A trained model in eval mode, for RGB, of the size that the weights have. ValueError in one line.
 
@@ -516,12 +522,12 @@ def load_draem(path: str | Path) -> DraemModel:
         state = {k.removeprefix("model."): v for k, v in content["state_dict"].items()
                  if k.startswith(("model." + first, "model." + second))}
         if any(".masked_conv" in k for k in state):
-            warnings.warn(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU; its maps will not be anomalib's")
+            warnings.warn(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU; the maps will not be the same")
             for old, new in (("masked_conv1.", "conv1."), ("masked_conv2.", "conv3."), ("masked_conv3.", "conv2."),
                              ("masked_conv4.", "conv4."), ("attention_module.", "se.")):
                 state = {k.replace("block5." + old, "block5." + new): v for k, v in state.items()}
         conv = second + "encoder_segment.block1.0.weight"
-        state |= {conv: state[conv].roll(3, 1)} if conv in state else {}
+        state[conv] = reorder(state.get(conv), 1, (3, 4, 5, 0, 1, 2))
     elif "encoder.block1.0.weight" in content:
         beside = path.with_name(path.stem + "_seg" + path.suffix)
         state = {first + k: v for k, v in content.items()} | {second + k: v for k, v in read_weights(beside).items()}
@@ -529,8 +535,7 @@ def load_draem(path: str | Path) -> DraemModel:
                                 (first + "decoder.fin_out.0.weight", 0, (2, 1, 0)),
                                 (first + "decoder.fin_out.0.bias", 0, (2, 1, 0)),
                                 (second + "encoder_segment.block1.0.weight", 1, (2, 1, 0, 5, 4, 3))):
-            if key in state:
-                state[key] = state[key].index_select(dim, torch.tensor(order))
+            state[key] = reorder(state.get(key), dim, order)
     else:
         raise ValueError(f"{path}: neither this project's checkpoint, nor the authors' first file "
                          f"(RUN_CLASS_.pckl), nor anomalib's; it begins with {', '.join(map(str, list(content)[:3]))}")

@@ -15,36 +15,42 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import common
 import dfm
 import draem
+import dsr
 from common import Category, ImageFiles, InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two runs out of one folder there
-    fcntl = None
+    import resource
+except ImportError:  # Windows: nothing keeps two runs out of one folder there, and --bench tells no memory
+    fcntl = resource = None
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOADERS = {"draem": draem.load_draem, "dfm": dfm.load_dfm}
 # What replaces the published values where neither --data nor the option itself is given, so that minutes on a CPU do.
-TOY = {"draem": dict(size=64, width=32, steps=1000), "dfm": dict(size=128, backbone="resnet18", pooling=2)}
-LOG_EVERY = 50
+TOY = {"draem": dict(size=64, width=32, steps=800),
+       "dsr": dict(size=64, hiddens=32, codes=512, width=16, pretrain_steps=600, pretrain_batch=16, steps=1000,
+                   upsampling_steps=300),
+       "dfm": dict(size=128, backbone="resnet18", pooling=2)}
+LOG_EVERY = 50  # steps
+RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,80 +62,95 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help lists the options)")
 
 
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number in [low, high], or in (low, high]."""
+def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number from low to high; not low itself if `above`."""
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value if open_low else low <= value) or value > high or value == math.inf:
-            upto = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
-                                             f"{'above' if open_low else 'of at least'} {low:g}{upto}")
+        if not low <= value <= high or above and value == low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number "
+                                             f"{'above' if above else 'from'} {low:g} to {high:g}")
         return value
     return read
 
 
 def image_size(text: str) -> int:
-    size = number(int, 1)(text)
+    size = number(int, 32, 4096)(text)
     if size % 32:
-        raise argparse.ArgumentTypeError(f"{size} is not a multiple of 32; "
-                                         f"{max(32, size // 32 * 32)} and {size // 32 * 32 + 32} work")
+        raise argparse.ArgumentTypeError(f"{size} is not a multiple of 32; {size // 32 * 32} and "
+                                         f"{size // 32 * 32 + 32} are")
     return size
 
 
 def variance(text: str) -> float | int:
-    return number(int, 1)(text) if text.isdigit() and int(text) > 1 else number(float, 0, 1, open_low=True)(text)
+    count = text.isdigit() and int(text) > 1
+    return number(int, 1, 10 ** 6)(text) if count else number(float, 0, 1, above=True)(text)
 
 
 def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     """`defaults` replace the published values of options that are not in argv."""
+    count, wide, rate = number(int, 1, 10 ** 9), number(int, 2, 2048), number(float, 0, 1, above=True)
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--data", type=Path, metavar="DIR", help="a category in MVTec's layout, a parent folder of such, or a folder of "
-        "normal images; default: the toy product, drawn into data/toy, at reduced settings")
+    add("--data", type=Path, metavar="DIR",
+        help="a category in MVTec's layout, a parent folder of such, or a folder of normal images; default: the toy "
+        "product, drawn into data/toy, at reduced settings")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="root of the run folders; default: %(default)s")
-    add("--size", type=image_size, default=256, help="side of the square that images are resized to; default: %(default)s")
-    add("--batch", type=number(int, 1), default=8, help="images a step; default: %(default)s")
-    add("--seed", type=number(int, 0), default=0, help="default: %(default)s")
+    add("--size", type=image_size, default=256, help="images become squares of this side; default: %(default)s")
+    add("--batch", type=number(int, 1, 4096), default=8, help="images a step; default: %(default)s")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of the networks; auto: bf16 on hardware that has it, a GPU or a CPU with AVX512-BF16 or AMX")
     add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
-    add("--save-minutes", type=number(float, 0), default=10, metavar="M", help="between checkpoints; default: %(default)s")
-    add("--checkpoint", type=Path, metavar="FILE", help="do not train: evaluate these weights, this project's, the authors' "
-        "or anomalib's, on --data, or apply them with --predict")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="images and folders: print path and score, draw the map")
+    add("--save-minutes", type=number(float, 0, 10 ** 6), default=10, metavar="M",
+        help="between checkpoints; default: %(default)s")
+    add("--checkpoint", type=Path, metavar="FILE",
+        help="do not train: evaluate these weights, this project's, the authors' or anomalib's, on --data, or apply "
+        "them with --predict")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="images and folders: print path and score, draw maps")
     add("--save-maps", action="store_true", help="write the maps as float TIFF for MVTec's evaluation script")
-    add("--bench", type=number(int, 1), metavar="N", help="time N training steps and N predictions; print one JSON line")
+    add("--bench", type=number(int, 1, 10 ** 6), metavar="N", help="time N training steps and predictions; prints JSON")
     parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = parser.add_subparsers(dest="method", required=True, metavar="{draem,dsr,dfm}", parser_class=Parser)
 
-    sub = methods.add_parser("draem", parents=[shared], help="ICCV 2021: reconstruct, then compare")
-    add = sub.add_argument
+    add = methods.add_parser("draem", parents=[shared], help="ICCV 2021: reconstruct, then compare").add_argument
     add("--textures", type=Path, metavar="DIR", help="images to make anomalies from; published: DTD's images/")
-    add("--width", type=number(int, 2), default=128, help="of the reconstructive network, the other has half; "
-        "default: %(default)s")
+    add("--width", type=wide, default=128,
+        help="of the reconstructive network, the other has half; default: %(default)s")
     add("--sspcab", action="store_true", help="put the SSPCAB block into the reconstructive encoder")
-    add("--epochs", type=number(int, 1), default=700, help="passes over as many samples as images; default: %(default)s")
-    add("--steps", type=number(int, 1), help="instead of --epochs")
-    add("--lr", type=number(float, 0, open_low=True), default=1e-4, help="learning rate, times 0.1 after 4/7 and 6/7 of the "
-        "steps; default: %(default)s")
+    add("--epochs", type=count, default=700, help="passes over as many samples as images; default: %(default)s")
+    add("--steps", type=count, help="instead of --epochs")
+    add("--lr", type=rate, default=1e-4,
+        help="learning rate, times 0.1 after 4/7 and 6/7 of the steps; default: %(default)s")
     add("--beta", type=number(float, 0, 1), nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"),
         help="range of the texture's share in an anomaly; default: 0.1 1.0")
 
-    sub = methods.add_parser("dfm", parents=[shared], help="2019: pretrained features, PCA, a Gaussian")
-    add = sub.add_argument
-    add("--backbone", choices=("resnet18", "resnet50", "wide_resnet50_2"), default="resnet50", help="default: %(default)s")
-    add("--layer", choices=("layer1", "layer2", "layer3", "layer4", "avgpool"), default="layer3",
-        help="whose features are taken; default: %(default)s")
-    add("--pooling", type=number(int, 1), default=4, help="side of the average pooling; default: %(default)s")
-    add("--variance", type=variance, default=0.97, help="share that PCA keeps, or a number of components above 1; "
-        "default: %(default)s")
-    add("--score", choices=("fre", "nll"), default="fre", help="feature reconstruction error, with a map, or negative "
-        "log-likelihood, without; default: %(default)s")
+    add = methods.add_parser("dsr", parents=[shared], help="ECCV 2022: swap codes, then put them back").add_argument
+    add("--codebook", type=Path, metavar="FILE",
+        help="the authors' file or one that --pretrain made; default: the published one, downloaded")
+    add("--pretrain", type=Path, metavar="DIR", help="stage 1: train a codebook on these images; published: ImageNet")
+    add("--pretrain-steps", type=count, default=200_000, help="of stage 1; default: %(default)s")
+    add("--pretrain-batch", type=number(int, 1, 4096), default=32, help="of stage 1; default: %(default)s")
+    add("--steps", type=count, default=100_000,
+        help="of stage 2, the learning rate times 0.1 after 4/5 of them; default: %(default)s")
+    add("--upsampling-steps", type=count, default=20_000, help="of stage 3; default: %(default)s")
+    add("--lr", type=rate, default=2e-4, help="learning rate; default: %(default)s")
+    add("--hiddens", type=wide, default=128, help="width of stage 1's networks and of a code; default: %(default)s")
+    add("--codes", type=number(int, 21, 2 ** 16), default=4096, help="in each codebook; default: %(default)s")
+    add("--width", type=wide, default=64, help="of the detection and upsampling modules; default: %(default)s")
+
+    add = methods.add_parser("dfm", parents=[shared], help="2019: pretrained features, PCA, a Gaussian").add_argument
+    add("--backbone", choices=tuple(dfm.RESNETS), default="resnet50", help="default: %(default)s")
+    add("--layer", choices=dfm.LAYERS, default="layer3", help="whose features are taken; default: %(default)s")
+    add("--pooling", type=number(int, 1, 4096), default=4, help="side of the average pooling; default: %(default)s")
+    add("--variance", type=variance, default=0.97,
+        help="share that PCA keeps, or a number of components above 1; default: %(default)s")
+    add("--score", choices=("fre", "nll"), default="fre",
+        help="feature reconstruction error, with a map, or negative log-likelihood, without; default: %(default)s")
     add("--weights", metavar="FILE", help="torchvision's weights from a file, or 'random'; default: downloaded")
     add("--joint", action="store_true", help="one class-conditional model over all categories of --data")
 
@@ -138,6 +159,8 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.method == "draem" and args.beta[0] > args.beta[1]:
         parser.error(f"argument --beta: {args.beta[0]:g} {args.beta[1]:g} is reversed: the lower share comes first")
+    if args.method == "dsr" and args.codebook and args.pretrain:
+        parser.error("argument --pretrain: trains a codebook and --codebook gives one; choose")
     if args.predict and not args.checkpoint:
         parser.error("argument --predict: needs --checkpoint FILE, the weights to apply")
     if args.checkpoint and not (args.predict or args.data):
@@ -145,26 +168,26 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     return args
 
 
-def hardware(args: argparse.Namespace) -> None:
+def settle_hardware(args: argparse.Namespace) -> None:
     """Turns --device and --precision into what this machine has."""
     try:
         device = torch.device(args.device)
-        if device.type == "cuda" and WORLD > 1 and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {args.device}: cannot be used ({str(error).splitlines()[0]}); try --device cpu") from None
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("cpu, cuda or cuda:N is needed")
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cudnn.benchmark = True
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
     if args.precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
-            device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
-        args.precision = "bf16" if native else "fp32"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        args.precision = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu) else "fp32"
     args.device = device
 
 
-def autocast(args: argparse.Namespace):
+def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
 
@@ -172,6 +195,22 @@ def to_network(image: Tensor, args: argparse.Namespace) -> Tensor:
     """uint8 images, from wherever they are, as floats in [0, 1] on the device, channels last."""
     image = image.to(args.device, non_blocking=True).float() / 255
     return image.contiguous(memory_format=torch.channels_last)
+
+
+def to_device(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    model = model.to(args.device, memory_format=torch.channels_last)
+    if args.compile:
+        for network in model.children():
+            network.compile()
+    return model
+
+
+def mendable(load: Callable, *arguments):
+    """load(*arguments), whose ValueError is a user's to mend."""
+    try:
+        return load(*arguments)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,22 +222,25 @@ class Stopped(Exception):
 
 
 class Run:
-    """The folder of one training, locked while it is open; `checkpoint` is what --resume goes on from, or empty."""
+    """The folder of one training, locked while it is open; `checkpoint` is what --resume goes on from, or empty.
 
-    def __init__(self, folder: Path, identity: dict, resume: bool, prefix: str = ""):
-        self.folder, self.identity, self.prefix, self.checkpoint = folder, identity, prefix, {}
+    `identity` holds the settings that make the run what it is. Of ranks that train one model only the first writes.
+    """
+
+    def __init__(self, folder: Path, identity: dict, resume: bool, writes: bool = True):
+        self.folder, self.identity, self.writes, self.checkpoint = folder, identity, writes, {}
         self.last, self.log_path = folder / "last.pt", folder / "log.jsonl"
         self.lock = self._lock()
-        if self.last.exists() and resume:
-            self.checkpoint = self._read(identity)
-        elif self.last.exists():
-            kept = next(path for i in range(1, 10 ** 6) if not (path := folder.with_name(f"{folder.name}.{i}")).exists())
+        if resume and self.last.exists():
+            self.checkpoint = self._read()
+        elif resume:
+            self.say(f"--resume: there is no {self.last} yet, so this run starts at the beginning")
+        elif self.last.exists() and writes:  # a trained model is never overwritten
+            kept = next(path for i in range(1, 10 ** 6) if not (path := Path(f"{folder}.{i}")).exists())
             folder.rename(kept)
-            self.say(f"the run that was in {folder} is now in {kept}")
+            self.say(f"{folder} holds an earlier run, which is now {kept}")
             os.close(self.lock)
             self.lock = self._lock()
-        elif resume:
-            self.say(f"--resume: no {self.last} yet, so this run starts at the beginning")
         self.begun = time.monotonic() - self.checkpoint.get("seconds", 0)
 
     def __enter__(self) -> "Run":
@@ -209,83 +251,87 @@ class Run:
 
     def _lock(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
+        if fcntl is None or not self.writes:
             return os.open(os.devnull, os.O_RDONLY)
-        lock = os.open(self.folder, os.O_RDONLY)  # a lock ends with its process, however that ends
+        lock = os.open(self.folder, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
         except BlockingIOError:
             os.close(lock)
-            raise InputError(f"{self.folder}: another run is writing there; wait for it, or choose another root with --out "
-                             "DIR") from None
+            raise InputError(f"{self.folder}: another run is writing there; wait for it, or choose another root with "
+                             "--out DIR") from None
         return lock
 
-    def _read(self, identity: dict) -> dict:
-        checkpoint = read_checkpoint(self.last)
-        if checkpoint.get("method") != identity["method"] or "stage" not in checkpoint:
-            raise InputError(f"{self.last}: not a checkpoint of {identity['method']} to resume; choose another root with --out")
-        then = checkpoint["run"]
-        for name in identity:
-            more = name == checkpoint["last_steps"] and checkpoint["ended"] and identity[name] >= then.get(name, math.inf)
-            if then.get(name) != identity[name] and not more:
-                raise InputError(f"--resume: {self.last} was trained with --{name.replace('_', '-')} {then.get(name)}, not "
-                                 f"{identity[name]}; give the old value, or another root with --out DIR")
+    def _read(self) -> dict:
+        checkpoint = mendable(draem.read_weights, self.last)
+        if checkpoint.get("method") != self.identity["method"] or not {"run", "stage", "step"} <= set(checkpoint):
+            raise InputError(f"{self.last}: not a checkpoint of {self.identity['method']} to go on from; choose "
+                             "another root with --out DIR")
+        for name, value in self.identity.items():
+            then = checkpoint["run"].get(name)
+            longer = name == checkpoint["last_option"] and checkpoint["ended"] and then is not None and value >= then
+            if value != then and not longer:
+                raise InputError(f"--resume: {self.last} was trained with --{name.replace('_', '-')} {then}, now it is "
+                                 f"{value}; give the old value, or another root with --out DIR")
         return checkpoint
 
     def say(self, text: str) -> None:
-        print(self.prefix + text, flush=True)
+        if self.writes:
+            print(f"{self.folder.name}: {text}" if WORLD > 1 else text, flush=True)
 
-    def save(self, stage: "Stage", step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None,
-             ended: bool = False) -> None:
+    def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
+             ended: bool = False, last_option: str = "") -> None:
+        """last.pt, the old one or the whole new one; the log's lines up to here are on the disk before."""
+        if not self.writes:
+            return
         if self.log_path.exists():
-            with open(self.log_path, "rb") as log:
+            with open(self.log_path, "rb+") as log:
                 os.fsync(log.fileno())
-        content = {"method": self.identity["method"], "settings": model.settings, "model": model.state_dict(),
-                   "run": self.identity, "stage": stage.name, "step": step, "ended": ended, "last_steps": stage.option,
+        content = {"method": self.identity["method"], "settings": getattr(model, "settings", {}),
+                   "model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
+                   "run": self.identity, "stage": stage, "step": step, "ended": ended, "last_option": last_option,
                    "seconds": time.monotonic() - self.begun}
-        if optimizer is not None:
-            content["optimizer"] = optimizer.state_dict()
-        common.write_atomically(self.last, lambda file: save_tensors(content, file))
+        common.write_atomically(self.last, lambda file: torch.save(content, file))
+
+    def log(self, row: dict) -> None:
+        if self.writes:
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def trim_log(self, stages: list[str], stage: str, step: int) -> None:
-        """Keeps the lines up to the checkpoint's step; those after it are written again."""
-        if not self.log_path.exists():
-            return
+        """Keeps the lines up to the checkpoint's step; the steps after it are taken, and logged, again."""
         def kept(line: str) -> bool:
             try:
                 row = json.loads(line)
-                at = stages.index(row["stage"])
-                return at < stages.index(stage) or (at == stages.index(stage) and row["step"] <= step)
-            except (ValueError, KeyError, TypeError):  # half a line, or no line of ours
+                return (stages.index(row["stage"]), row["step"]) <= (stages.index(stage), step)
+            except (ValueError, KeyError, TypeError):  # half a line, or none of ours
                 return False
-        lines = self.log_path.read_text(errors="replace").splitlines(keepends=True)
-        text = "".join(line for line in lines if line.endswith("\n") and kept(line))
-        common.write_atomically(self.log_path, lambda file: file.write(text.encode()))
 
-    def log(self, row: dict) -> None:
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.writes and self.log_path.exists():
+            lines = self.log_path.read_text(errors="replace").splitlines(keepends=True)
+            text = "".join(line for line in lines if line.endswith("\n") and kept(line))
+            common.write_atomically(self.log_path, lambda file: file.write(text.encode()))
 
 
-def save_tensors(content: dict, file) -> None:
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C or SIGTERM is put into; a second one acts as usual."""
+    received, before = [], {}
+
+    def note(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere signals act as usual
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+            signal.signal(number, note)
     try:
-        torch.save(content, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(str(error).splitlines()[0]) from None
-
-
-def read_checkpoint(path: Path) -> dict:
-    try:
-        return draem.read_weights(path)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def load_model(args: argparse.Namespace) -> torch.nn.Module:
-    try:
-        return LOADERS[args.method](args.checkpoint)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+        yield received
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,222 +340,286 @@ def load_model(args: argparse.Namespace) -> torch.nn.Module:
 
 @dataclass
 class Stage:
-    """One training by gradient: `step(generator)` gives the loss's terms, all its randomness from the generator."""
+    """One training by gradient: losses(*synthesize(generator)) are the terms, all their randomness the generator's."""
     name: str
-    step: Callable[[torch.Generator], dict[str, Tensor]]
-    parameters: list[torch.nn.Parameter]
+    synthesize: Callable[[torch.Generator], tuple]
+    losses: Callable[..., dict[str, Tensor]]
+    parameters: Callable[[], list[nn.Parameter]]  # called when the stage begins
     option: str  # that holds the number of steps
     steps: int
     batch: int
     lr: float
     drops: tuple[int, ...] = ()  # steps after which the learning rate is a tenth
+    gauges: dict[str, Tensor] = field(default_factory=dict)  # what `losses` wants logged beside its terms
+
+
+def new_optimizer(stage: Stage) -> torch.optim.Optimizer:
+    return torch.optim.Adam(stage.parameters(), lr=stage.lr, fused=True)
+
+
+def advance(stage: Stage, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
+    """One training step. Nothing in it makes the host wait for the device."""
+    terms = stage.losses(*stage.synthesize(generator))
+    optimizer.zero_grad(set_to_none=True)
+    sum(terms.values()).backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in (terms | stage.gauges).items()}
 
 
 def reseed(generator: torch.Generator, seed: int, stage: str, step: int) -> torch.Generator:
-    """Step n depends on (seed, stage, n) alone, so that a resumed run goes on as if it had not stopped."""
+    """Step n depends on (seed, stage, n) alone, so a resumed run goes on as if it had never stopped."""
     return generator.manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
 
 
-@contextlib.contextmanager
-def signals():
-    """Yields a list that a first Ctrl-C or SIGTERM is put into; a second one acts as usual."""
-    received = []
-
-    def note(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere signals act as usual
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def fit(run: Run, model: torch.nn.Module, stages: list[Stage], stage: Stage, args: argparse.Namespace) -> None:
+def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: argparse.Namespace) -> None:
     """All steps of one stage, or those that the run's checkpoint lacks."""
-    names = [s.name for s in stages]
-    reached = names.index(run.checkpoint["stage"]) if run.checkpoint else 0
-    if reached > names.index(stage.name):
+    names = [other.name for other in stages]
+    reached = run.checkpoint.get("stage", names[0])
+    start = run.checkpoint.get("step", 0) if reached == stage.name else 0
+    if names.index(reached) > names.index(stage.name) or start >= stage.steps:
         return
-    resumed = run.checkpoint and reached == names.index(stage.name)
-    start = run.checkpoint["step"] if resumed else 0
-    if start >= stage.steps:
-        return
-    optimizer = torch.optim.Adam(stage.parameters, lr=stage.lr, fused=args.device.type in ("cpu", "cuda"))
-    if resumed:
-        optimizer.load_state_dict(run.checkpoint.pop("optimizer"))
+    optimizer = new_optimizer(stage)
+    if start:
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
         run.say(f"{stage.name}: resumed after step {start}")
+    run.checkpoint = {}
     run.trim_log(names, stage.name, start)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: 0.1 ** sum(n >= drop for drop in stage.drops), last_epoch=start - 1 if start else -1)
     generator = torch.Generator(args.device)
     recent, logged, saved = [], (start, time.monotonic()), time.monotonic()
-    with signals() as received:
+    with noted_signals() as received:
         for n in range(start, stage.steps):
-            terms = stage.step(reseed(generator, args.seed, stage.name, n))
-            optimizer.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()
-            optimizer.step()
-            rate = schedule.get_last_lr()[0]
+            rate, done = schedule.get_last_lr()[0], n + 1
+            terms = advance(stage, optimizer, reseed(generator, args.seed, stage.name, n))
             schedule.step()
-            done, now = n + 1, time.monotonic()
-            recent.append(torch.stack(list(terms.values())).detach())
-            log = done % LOG_EVERY == 0 or done in (1, 5, 20) or done == stage.steps
-            save = done == stage.steps or now - saved > 60 * args.save_minutes or bool(received)
+            recent.append(torch.stack(list(terms.values())))
+            now = time.monotonic()
+            log = done % LOG_EVERY == 0 or done in (1, 5, 20, stage.steps)
+            save = bool(received) or done == stage.steps or now - saved >= 60 * args.save_minutes
             if not (log or save or args.device.type == "cpu"):
-                continue  # a GPU is not waited for
+                continue  # a GPU is waited for only now and then
             rows = torch.stack(recent).tolist()
+            recent.clear()
             for i, row in enumerate(rows, done - len(rows) + 1):
                 if not all(map(math.isfinite, row)):
                     values = ", ".join(f"{name} {value:g}" for name, value in zip(terms, row))
-                    kept = f"{run.last} still holds an earlier step" if run.last.exists() else "nothing was saved"
-                    raise InputError(f"{stage.name}, step {i}: the loss is not finite ({values}); {kept}; "
-                                     "try a lower --lr or --precision fp32")
-            recent.clear()
+                    kept = f"{run.last} holds an earlier step" if run.last.exists() else "nothing was saved yet"
+                    raise InputError(f"{stage.name}, step {i}: the loss is not finite ({values}); {kept}; try a lower "
+                                     "--lr or --precision fp32")
             if log:
-                run.log({"stage": stage.name, "step": done, **dict(zip(terms, rows[-1])), "lr": rate})
-                speed = (done - logged[0]) / (now - logged[1])
-                shown = "  ".join(f"{name} {value:.4f}" for name, value in zip(terms, rows[-1]))
-                line = (f"{run.prefix}{stage.name} {done}/{stage.steps}  {shown}  lr {rate:.0e}  {speed * stage.batch:.3g} images/s"
-                        f"  {datetime.timedelta(seconds=round((stage.steps - done) / speed))} left")
-                live = sys.stdout.isatty() and WORLD == 1
-                print(f"\r\033[K{line}" if live else line, end="\n" if not live or done == stage.steps else "", flush=True)
-                logged = done, now
+                values = dict(zip(terms, rows[-1]))
+                run.log({"stage": stage.name, "step": done, **values, "lr": rate})
+                speed = (done - logged[0]) / (time.monotonic() - logged[1])
+                logged = done, time.monotonic()
+                show(run, f"{stage.name} {done}/{stage.steps}  {'  '.join(f'{k} {v:.4f}' for k, v in values.items())}  "
+                     f"lr {rate:.0e}  {speed * stage.batch:.3g} images/s  "
+                     f"{datetime.timedelta(seconds=round((stage.steps - done) / speed))} left", done == stage.steps)
             if save:
-                run.save(stage, done, model, optimizer, ended=done == stage.steps and stage is stages[-1])
+                run.save(stage.name, done, model, optimizer, done == stage.steps and stage is stages[-1],
+                         stages[-1].option)
                 saved = time.monotonic()
             if received:
-                raise Stopped(f"stopped after step {done} of {stage.steps}; {run.last} holds it: go on with the same command "
-                              "and --resume")
+                raise Stopped(f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with the "
+                              "same command and --resume")
 
 
-def draem_stages(model: draem.DraemModel, images: Tensor, textures: Tensor | None, args: argparse.Namespace) -> list[Stage]:
-    """Section 3.3 and Eq. (3): images and textures are drawn with replacement (the code's data_loader.py:160)."""
-    def draw(pool: Tensor, generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)
-        return to_network(pool[index], args)
-
-    def step(generator: torch.Generator) -> dict[str, Tensor]:
-        image = draem.rotate_normals(draw(images, generator), generator)
-        texture = None if textures is None else draw(textures, generator)
-        augmented, mask = draem.synthesize_anomalies(image, texture, generator, tuple(args.beta))
-        with autocast(args):
-            reconstruction, logits = model(augmented)
-        cost = model.reconstructive_subnetwork.encoder.block5.cost if args.sspcab else None
-        return draem.draem_loss(image, reconstruction, logits, mask, cost)
-
-    # Section 4: 700 epochs, a tenth of the learning rate after 400 and 600 (the code drops to a fifth after 560 and 630).
-    drops = tuple(round(args.steps * part / 7) for part in (4, 6))
-    return [Stage("train", step, list(model.parameters()), "steps", args.steps, args.batch, args.lr, drops)]
+def show(run: Run, line: str, last: bool) -> None:
+    """The progress line: one that changes on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty() and WORLD == 1:
+        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
+    else:
+        run.say(line)
 
 
-def train_draem(run: Run, category: Category, args: argparse.Namespace) -> torch.nn.Module:
-    model = draem.DraemModel(args.width, args.sspcab)
-    if run.checkpoint:
-        draem.set_weights(model, run.checkpoint["model"], run.last)
+def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> Tensor:
+    """A batch of the resident uint8 images, with replacement (DRAEM code, data_loader.py:160)."""
+    return to_network(pool[torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)], args)
+
+
+def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
     images = common.decode(category.train, args.size, category.name).to(args.device)
     textures = None
     if args.textures:
         textures = common.decode(common.list_images(args.textures), args.size, "textures").to(args.device)
     else:
-        run.say("no --textures: coloured noise stands in; the published results need DTD (--textures dtd/images)")
-    model = on_device(model, args).train()
-    stages = draem_stages(model, images, textures, args)
-    run.say(f"draem, width {args.width}, {args.size} x {args.size}, {args.device} {args.precision}: {args.steps} steps of "
-            f"{args.batch} -> {run.folder}")
-    for stage in stages:
-        fit(run, model, stages, stage, args)
-    return model
+        print("no --textures: coloured noise stands in; the published results need DTD (--textures dtd/images)")
+    model = to_device(draem.DraemModel(args.width, args.sspcab), args)
+
+    def synthesize(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        image = draem.rotate_normals(draw(images, generator, args), generator)
+        texture = None if textures is None else draw(textures, generator, args)
+        return image, *draem.synthesize_anomalies(image, texture, generator, tuple(args.beta))
+
+    def losses(image: Tensor, augmented: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        with autocast(args):
+            reconstruction, logits = model(augmented)
+        cost = model.reconstructive_subnetwork.encoder.block5.cost if args.sspcab else None
+        return draem.draem_loss(image, reconstruction, logits, mask, cost)
+
+    # Section 4: 700 epochs, a tenth of the learning rate after 400 and 600 (the code: a fifth after 560 and 630).
+    drops = tuple(round(args.steps * part / 7) for part in (4, 6))
+    return model, [Stage("train", synthesize, losses, lambda: list(model.train().parameters()), "steps", args.steps,
+                         args.batch, args.lr, drops)]
+
+
+def pretrain_dsr(args: argparse.Namespace) -> Path:
+    """Stage 1 of DSR, unless it was done before: the path of its codebook."""
+    identity = describe(args, "dsr-codebook")
+    folder = args.out / "dsr" / f"codebook-{'toy' if args.data is None else args.pretrain.resolve().name}"
+    paths, last = common.list_images(args.pretrain), folder / "last.pt"
+    if last.exists() and (stored := mendable(draem.read_weights, last)).get("ended") and stored["run"] == identity:
+        print(f"stage 1 was done before: {last}")
+        return last
+    fits = len(paths) * 3 * args.size ** 2 <= RESIDENT
+    images = common.decode(paths, args.size, "stage 1").to(args.device) if fits else None
+    torch.manual_seed(args.seed)
+    model = to_device(dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2), args)
+    latent = network = model.discrete_latent_model
+    if WORLD > 1:
+        network = nn.parallel.DistributedDataParallel(latent, broadcast_buffers=False)
+    with Run(folder, identity, args.resume, writes=RANK == 0) as run:
+        if run.checkpoint:
+            mendable(draem.set_weights, latent, run.checkpoint["model"], last)
+        batches = pretrain_batches(images, paths, run.checkpoint.get("step", 0), args)
+
+        def losses(image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+            with autocast(args):
+                reconstruction, commitment, perplexity = network(image, generator)
+            stage.gauges = {"perplexity_lo": perplexity[0], "perplexity_hi": perplexity[1]}
+            return dsr.codebook_loss(image, reconstruction, commitment)
+
+        stage = Stage("codebook", lambda generator: (to_network(next(batches), args), generator), losses,
+                      lambda: model.train_stage(1), "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr)
+        run.say(f"stage 1 on {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x "
+                f"{args.size}, {args.device} {args.precision}: {stage.steps} steps of {stage.batch} -> {folder}")
+        fit(run, latent, [stage], stage, args)
+        if run.writes:
+            latent.eval()
+            shown = torch.stack([common.read_image(path, args.size) for path in paths[:: math.ceil(len(paths) / 8)]])
+            with torch.no_grad(), autocast(args):
+                drawn = latent(to_network(shown, args))[0].float().cpu()
+            strips = [common.strip([common.panel(a), common.panel(b)]) for a, b in zip(shown, drawn)]
+            write_image(folder / "reconstructions.png", common.sheet(strips, [""] * len(strips), ("image", "general")))
+    if WORLD > 1:
+        dist.barrier()  # the others read what the first one wrote
+    return last
+
+
+def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args: argparse.Namespace
+                     ) -> Iterator[Tensor]:
+    """This rank's share of stage 1's batches from step `start` on, uint8: from memory, or read by worker processes.
+
+    The images of step n depend on (seed, n) alone, whichever way they come.
+    """
+    def indices() -> Iterator[list[int]]:
+        generator = torch.Generator()
+        for n in range(start, args.pretrain_steps):
+            reseed(generator, args.seed, "images", n)
+            yield torch.randint(len(paths), (args.pretrain_batch,), generator=generator).tolist()[RANK::WORLD]
+
+    if images is not None:
+        yield from (images[torch.tensor(index, device=args.device)] for index in indices())
+    else:
+        loader = DataLoader(ImageFiles(paths, args.size), batch_sampler=indices(), num_workers=os.cpu_count() or 1,
+                            pin_memory=args.device.type == "cuda")
+        for batch, _, errors in loader:
+            for error in filter(None, errors):
+                raise InputError(error)
+            yield batch
+
+
+def prepare_dsr(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
+    images = common.decode(category.train, args.size, category.name).to(args.device)
+    model = to_device(mendable(dsr.load_codebook, args.codebook, 0.2, args.width), args)
+
+    def simulate(generator: torch.Generator) -> tuple[Tensor, dsr.Simulated]:
+        image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.4)
+        with autocast(args):
+            return image, model.simulate(image, generator)
+
+    def detection(image: Tensor, simulated: dsr.Simulated) -> dict[str, Tensor]:
+        with autocast(args):
+            outputs = model.detect(simulated.lo, simulated.hi)
+        return dsr.detection_loss(image, simulated, *outputs)
+
+    def smudge(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.3)
+        return dsr.synthesize_smudges(image, generator)
+
+    def upsampling(smudged: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        with autocast(args):
+            *_, logits = model(smudged)
+        return dsr.upsampling_loss(logits, mask)
+
+    return model, [Stage("detection", simulate, detection, lambda: model.train_stage(2), "steps", args.steps,
+                         args.batch, args.lr, (round(args.steps * 4 / 5),)),
+                   Stage("upsampling", smudge, upsampling, lambda: model.train_stage(3), "upsampling_steps",
+                         args.upsampling_steps, args.batch, args.lr)]
+
+
+PREPARE = {"draem": prepare_draem, "dsr": prepare_dsr}
 
 
 def new_dfm(args: argparse.Namespace) -> dfm.DFMModel:
-    weights = args.weights or True
-    if args.data is None and args.weights is None and not cached(dfm.URLS[args.backbone]):
-        print("no weights are cached and none are needed for the toy product: the features are random")
-        weights = "random"
-    try:
-        return dfm.DFMModel(args.backbone, args.layer, weights, args.pooling, args.variance, args.score)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    weights = args.weights
+    if args.toy and weights is None:
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(dfm.URLS[args.backbone]).name).exists()
+        print(f"the toy product needs no download: {'cached' if cached else 'random'} weights (or --weights FILE)")
+        weights = None if cached else "random"
+    return to_device(mendable(dfm.DFMModel, args.backbone, args.layer, weights or True, args.pooling, args.variance,
+                              args.score), args).eval()
 
 
-def cached(url: str) -> bool:
-    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name).exists()
-
-
-def train_dfm(run: Run, category: Category, args: argparse.Namespace) -> torch.nn.Module:
-    """No gradients: features stream through once, and PCA and Gaussian are fitted in closed form."""
-    model = on_device(new_dfm(args), args).eval()
-    run.say(f"dfm, {args.backbone} {args.layer}, pooling {args.pooling}, {args.size} x {args.size}, {args.device} "
-            f"{args.precision} -> {run.folder}")
+def fit_dfm(model: dfm.DFMModel, category: Category, args: argparse.Namespace, labels: Tensor | None = None) -> None:
+    """No gradients: the features stream through once, and PCA and Gaussian are fitted in closed form."""
     features, start = [], time.monotonic()
-    try:
-        for image, _, _ in stream(category.train, args):
-            with autocast(args):
-                features.append(model.features(to_network(image, args)))
-        model.fit(torch.cat(features), category.classes if args.joint else None)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    run.say(f"{len(category.train)} images: {' + '.join(str(len(p.components)) for p in model.pca)} components of "
-            f"{features[0][0].numel()} values in {time.monotonic() - start:.1f} s")
-    run.save(Stage("fit", None, [], "", 0, args.batch, 0), 0, model, ended=True)
-    return model
-
-
-def on_device(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
-    model = model.to(args.device, memory_format=torch.channels_last)
-    if args.compile:
-        for network in model.children():
-            network.compile()
-    return model
-
-
-TRAIN = {"draem": train_draem, "dfm": train_dfm}
+    for image, _, _ in stream(category.train, args):
+        with autocast(args):
+            features.append(mendable(model.features, to_network(image, args)))
+    streamed = time.monotonic()
+    mendable(model.fit, torch.cat(features), labels)
+    components = " + ".join(str(len(pca.components)) for pca in model.pca)
+    print(f"{category.name}: {len(category.train)} images, {components} components of {features[0][0].numel()} values; "
+          f"{streamed - start:.1f} s for features, {time.monotonic() - streamed:.1f} s for the fit")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and prediction
 
 
-def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None, skip: bool = False):
-    """Batches (images, masks, errors), decoded by worker processes while the network is busy; InputError unless `skip`."""
+def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None, skip: bool = False
+           ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
     workers = min(os.cpu_count() or 1, math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
     for images, truth, errors in DataLoader(ImageFiles(paths, args.size, masks), args.batch, num_workers=workers,
                                             pin_memory=args.device.type == "cuda"):
-        for error in filter(None, () if skip else errors):
+        for error in () if skip else filter(None, errors):
             raise InputError(error)
         yield images, truth, errors
 
 
-def predict_batch(model: torch.nn.Module, image: Tensor, args: argparse.Namespace) -> dict[str, Tensor | None]:
-    """The model's score, anomaly_map and whatever else its pictures show, on the CPU; image is uint8."""
-    image = to_network(image, args)
+def predict_batch(model: nn.Module, image: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
+    """score, anomaly_map if there is one, and what else a picture shows, float32 on the CPU; image is uint8."""
     with autocast(args):
         if args.method == "dfm":
-            parts = dict(zip(("score", "anomaly_map"), model.predict(image)))
+            parts = dict(zip(("score", "anomaly_map"), mendable(model.predict, to_network(image, args))))
         else:  # the published score is the mean over 21 x 21 pixels at 256 x 256
-            parts = model.predict_parts(image, window=round(21 * args.size / 256) // 2 * 2 + 1)
-    return {name: None if part is None else part.float().cpu() for name, part in parts.items()}
+            parts = model.predict_parts(to_network(image, args), round(21 * args.size / 256) // 2 * 2 + 1)
+    return {name: part.float().cpu() for name, part in parts.items() if part is not None}
 
 
-def draw_strip(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None, top: float) -> tuple[list[str], Image.Image]:
-    """Headings and the strip of one image: as it is, what the networks made of it, the map over it, the truth."""
+def draw_strip(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None, top: float
+               ) -> tuple[Image.Image, list[str]]:
+    """One image as it is, what the networks made of it, the map over it, the truth: the strip and its headings."""
     panels = {"image": common.panel(image)}
     for name, part in parts.items():
-        if part.ndim == 3:
-            panels[name.replace("_", " ")] = common.panel(part)
-        elif part.ndim == 2 and name != "anomaly_map":
-            panels[name.replace("_", " ")] = common.heat(part)
-    if "anomaly_map" in parts:
-        panels["map over image"] = common.overlay(panels["image"], parts["anomaly_map"] / top)
+        if name != "anomaly_map":
+            panels[name.replace("_", " ")] = common.panel(part) if part.ndim == 3 else common.heat(part)
+    panels["map over image"] = common.overlay(panels["image"], parts["anomaly_map"] / top)
     if mask is not None:
         panels["truth"] = common.panel(mask.bool())
-    return list(panels), common.strip(list(panels.values()))
+    return common.strip(list(panels.values())), list(panels)
 
 
 def write_image(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
@@ -520,157 +630,246 @@ def write_image(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
 def save_map(path: Path, source: Path, anomaly_map: Tensor) -> None:
     """A map as 32-bit float TIFF of its image's own size, as MVTec AD's evaluation script reads them."""
     with Image.open(source) as image:
-        size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
-    picture = Image.fromarray(anomaly_map.numpy()).resize(size, Image.Resampling.BILINEAR)
-    write_image(path, picture, "TIFF")
+        size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # lying on its side
+    write_image(path, Image.fromarray(anomaly_map.numpy()).resize(size, Image.Resampling.BILINEAR), "TIFF")
 
 
-def evaluate(model: torch.nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Metrics over the test set with the last weights; writes maps/ and summary.png. Images are kept no longer than a batch."""
-    model.eval()
-    top = float(model.map_scale) if args.method == "dfm" else 1.0
-    scores, maps, truths, shown = [], [], [], {}
+def color_top(model: nn.Module) -> float:
+    """The upper end of the maps' colour scale: DFM's errors have no fixed range, the others are probabilities."""
+    return float(getattr(model, "map_scale", 1.0)) or 1.0
+
+
+def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict, begun: float, args: argparse.Namespace
+             ) -> dict[str, float]:
+    """The metrics of the test set, with the last weights; writes metrics.json, and pictures where there are maps."""
+    values = measure(model.eval(), category, folder, args) if category.test else {}
+    content = values | {"category": category.name, "settings": identity, "seed": args.seed,
+                        "seconds": round(time.monotonic() - begun, 1)}
+    common.write_atomically(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+    if not category.test:
+        print(f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies it")
+    elif "image_auroc" not in values:
+        print(f"{category.name}: the test set has no {'normal' if all(category.labels) else 'defective'} images, so "
+              "there are no image metrics")
+    if category.test and args.method == "dfm" and args.score == "nll":
+        print("NLL scores whole images: there are no maps and no pixel metrics")
+    elif missing := category.has_truth.count(False):
+        print(f"{category.name}: pixel metrics leave out {missing} defective images without a mask in ground_truth/")
+    return values
+
+
+def measure(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Batch by batch: scores and maps are kept, images are not; threads draw while the network goes on."""
+    scores, maps, truths, shown, at = [], [], [], [], 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for images, masks, _ in stream(category.test, args, category.masks):
-            parts = predict_batch(model, images, args)
-            first, jobs = sum(map(len, scores)), []
+            parts, jobs = predict_batch(model, images, args), []
             scores.append(parts.pop("score"))
-            for i, image in enumerate(images):
-                at = first + i
-                path, defect, has_map = category.test[at], category.defects[at], parts["anomaly_map"] is not None
-                if not has_map:
-                    continue
-                mask = masks[i] if category.has_truth[at] else None
-                headings, strip = draw_strip(image, {name: part[i] for name, part in parts.items()}, mask, top)
-                name = path.relative_to(category.folder / "test").with_suffix("")
-                jobs.append(pool.submit(write_image, folder / "maps" / name.with_name(name.name + ".png"), strip))
+            for i in range(len(images) if parts else 0):
+                path, defect, truth = category.test[at + i], category.defects[at + i], category.has_truth[at + i]
+                own = {name: part[i] for name, part in parts.items()}
+                name = path.relative_to(category.folder / "test")
+                strip, headings = draw_strip(images[i], own, masks[i] if truth else None, color_top(model))
+                jobs.append(pool.submit(write_image, folder / "maps" / f"{name.with_suffix('')}.png", strip))
                 if args.save_maps:
-                    jobs.append(pool.submit(save_map, folder.parent / "anomaly_maps" / category.name / "test"
-                                            / name.with_name(name.name + ".tiff"), path, parts["anomaly_map"][i]))
-                if sum(shown_defect == defect for _, shown_defect, _, _ in shown.values()) < 2 and len(shown) < 12:
-                    shown[at] = strip, defect, f"{defect}\n{scores[-1][i]:.3f}", headings
-                if category.has_truth[at]:
-                    maps.append(parts["anomaly_map"][i])
+                    tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name.with_suffix('')}.tiff"
+                    jobs.append(pool.submit(save_map, tiff, path, own["anomaly_map"]))
+                if [other for other, *_ in shown].count(defect) < 2 and truth and len(shown) < 16:
+                    shown.append((defect, f"{defect}\n{scores[-1][i]:.3f}", strip, headings))
+                if truth:
+                    maps.append(own["anomaly_map"])
                     truths.append(masks[i, 0])
+            at += len(images)
             for job in jobs:
                 job.result()
     if shown:
-        strips, _, captions, headings = zip(*shown.values())
-        headings = max(headings, key=len)
-        write_image(folder / "summary.png", common.sheet(strips, captions, headings))
-    pixels = (torch.stack(maps), torch.stack(truths)) if maps else (None, None)
+        _, captions, strips, headings = zip(*shown)
+        write_image(folder / "summary.png", common.sheet(strips, captions, headings[0]))
+    pixels = (torch.stack(maps), torch.stack(truths)) if maps else ()
     return common.metrics(torch.cat(scores), torch.tensor(category.labels), *pixels)
 
 
-def remarks(category: Category, args: argparse.Namespace, values: dict) -> list[str]:
-    """What could not be measured, and why."""
-    if not category.test:
-        return [f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies the model"]
-    notes = []
-    if "image_auroc" not in values:
-        notes.append(f"{category.name}: the test set lacks {'normal' if all(category.labels) else 'defective'} images: no image metrics")
-    if args.method == "dfm" and args.score == "nll":
-        notes.append("NLL scores whole images: no maps, no pixel metrics")
-    elif missing := category.has_truth.count(False):
-        notes.append(f"{category.name}: {missing} defective images have no mask in ground_truth/ and are left out of pixel metrics")
-    return notes
-
-
 def predict(args: argparse.Namespace) -> int:
-    """Prints `path score` a line; strips go to the run root's predictions/. 2 if any file could not be read."""
-    model = on_device(load_model(args), args).eval()
-    top = float(model.map_scale) if args.method == "dfm" else 1.0
+    """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
+    model = load_model(args)
     paths = [path for given in args.predict for path in common.list_images(given)]
-    names, folder, bad, done = {}, args.out / args.method / "predictions", 0, 0
-    for images, _, errors in stream(paths, args, skip=True):
-        parts = predict_batch(model, images, args)
-        score = parts.pop("score")
-        for i, (image, error) in enumerate(zip(images, errors)):
-            path, done = paths[done], done + 1
-            if error:
-                bad += 1
-                print(f"train.py: {error}", file=sys.stderr)
-                continue
-            print(f"{path} {score[i]:.6f}", flush=True)
-            names[path.stem] = names.get(path.stem, 0) + 1
-            name = path.stem + (f".{names[path.stem]}" if names[path.stem] > 1 else "")
-            if parts["anomaly_map"] is not None:
-                strip = draw_strip(image, {name: part[i] for name, part in parts.items()}, None, top)[1]
-                write_image(folder / f"{name}.png", strip)
-                if args.save_maps:
-                    save_map(folder / f"{name}.tiff", path, parts["anomaly_map"][i])
+    folder, used, at, bad = args.out / args.method / "predictions", {}, 0, 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for images, _, errors in stream(paths, args, skip=True):
+            parts, jobs = predict_batch(model, images, args), []
+            for i, error in enumerate(errors):
+                path, at = paths[at], at + 1
+                if error:
+                    print(f"train.py: {error}", file=sys.stderr)
+                    bad += 1
+                    continue
+                print(f"{path} {parts['score'][i]:.6f}", flush=True)
+                used[path.stem] = used.get(path.stem, 0) + 1  # images of one name in several folders
+                name = path.stem if used[path.stem] == 1 else f"{path.stem}.{used[path.stem]}"
+                own = {key: part[i] for key, part in parts.items() if key != "score"}
+                if own:
+                    strip = draw_strip(images[i], own, None, color_top(model))[0]
+                    jobs.append(pool.submit(write_image, folder / f"{name}.png", strip))
+                    if args.save_maps:
+                        jobs.append(pool.submit(save_map, folder / f"{name}.tiff", path, own["anomaly_map"]))
+            for job in jobs:
+                job.result()
     return 2 if bad else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-IDENTITY = {"draem": ("textures", "width", "sspcab", "steps", "lr", "beta"),
-            "dfm": ("backbone", "layer", "pooling", "variance", "score", "weights", "joint")}
+IDENTITY = {"draem": ("data", "textures", "width", "sspcab", "batch", "steps", "lr", "beta"),
+            "dsr": ("data", "codebook", "width", "batch", "steps", "upsampling_steps", "lr"),
+            "dsr-codebook": ("pretrain", "pretrain_steps", "pretrain_batch", "hiddens", "codes", "lr"),
+            "dfm": ("data", "backbone", "layer", "pooling", "variance", "score", "weights", "joint")}
+
+
+def describe(args: argparse.Namespace, method: str) -> dict:
+    """The settings that make a run what it is; --resume holds the old ones against the new."""
+    def plain(value):
+        return str(value.resolve()) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return {"method": method} | {name: plain(getattr(args, name))
+                                 for name in (*IDENTITY[method], "size", "seed", "precision")}
+
+
+def load_model(args: argparse.Namespace) -> nn.Module:
+    """--checkpoint's model in eval mode."""
+    load, more = {"draem": (draem.load_draem, ()), "dfm": (dfm.load_dfm, ()),
+                  "dsr": (dsr.load_dsr, (getattr(args, "codebook", None),))}[args.method]
+    return to_device(mendable(load, args.checkpoint, *more), args)
 
 
 def run_category(category: Category, args: argparse.Namespace) -> dict[str, float]:
-    """Trains (or loads) and evaluates one category; returns and writes its metrics."""
-    args = argparse.Namespace(**vars(args))
-    torch.manual_seed(args.seed)  # initial weights
+    """Trains (or loads) and evaluates one category; returns its metrics."""
+    args = argparse.Namespace(**vars(args) | {"data": category.folder})
     if args.method == "draem":
         args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
-    identity = {"method": args.method} | {
-        name: str(value.resolve()) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name in ("data", "size", "batch", "seed", "precision", *IDENTITY[args.method]) for value in [getattr(args, name)]}
-    identity["data"] = str(category.folder.resolve())
-    folder = args.out / args.method / category.name
-    prefix = f"{category.name}: " if WORLD > 1 else ""
+    folder, identity = args.out / args.method / category.name, describe(args, args.method)
     if args.checkpoint:
-        folder, model, start = folder.with_name(folder.name + "-checkpoint"), on_device(load_model(args), args), time.monotonic()
-        values = evaluate(model, category, folder, args) if category.test else {}
-        seconds = time.monotonic() - start
+        folder = folder.with_name(f"{category.name}-checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        return evaluate(load_model(args), category, folder, identity, time.monotonic(), args)
+    torch.manual_seed(args.seed)  # initial weights
+    begun = time.monotonic()
+    if args.method == "dfm":
+        model = new_dfm(args)
+        fit_dfm(model, category, args)
+        with Run(folder, identity, args.resume) as run:
+            run.save("fit", 0, model, ended=True)
+            return evaluate(model, category, folder, identity, begun, args)
+    model, stages = PREPARE[args.method](category, args)  # reads everything before anything is written
+    with Run(folder, identity, args.resume) as run:
+        if run.checkpoint:
+            mendable(draem.set_weights, model, run.checkpoint["model"], run.last)
+        run.say(f"{args.method}, width {args.width}, {args.size} x {args.size}, {args.device} {args.precision}: "
+                f"{' + '.join(str(stage.steps) for stage in stages)} steps of {args.batch} -> {folder}")
+        for stage in stages:
+            fit(run, model, stages, stage, args)
+        return evaluate(model, category, folder, identity, run.begun, args)
+
+
+def run_joint(categories: list[Category], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """One class-conditional DFM over all categories, evaluated on each."""
+    everything = Category("joint", args.data, [path for category in categories for path in category.train])
+    labels = torch.cat([torch.full((len(category.train),), i) for i, category in enumerate(categories)])
+    begun, folder, identity = time.monotonic(), args.out / "dfm" / "joint", describe(args, "dfm")
+    torch.manual_seed(args.seed)
+    model, results = new_dfm(args), {}
+    fit_dfm(model, everything, args, labels)
+    with Run(folder, identity, args.resume) as run:
+        run.save("fit", 0, model, ended=True)
+        for category in categories:
+            (folder / category.name).mkdir(exist_ok=True)
+            results[category.name] = evaluate(model, category, folder / category.name, identity, begun, args)
+    return results
+
+
+def bench(category: Category, args: argparse.Namespace) -> int:
+    """Medians of the same steps and predictions that training and evaluation make, as one JSON line."""
+    def median_ms(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3 + args.bench):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times[3:])  # after three to warm up
+
+    wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
+    images = common.decode((category.train * args.batch)[:args.batch], args.size, "bench")
+    torch.manual_seed(args.seed)
+    if args.method == "dfm":  # it has no steps: its features stand for them
+        model = new_dfm(args)
+        def step() -> Tensor:
+            with autocast(args):
+                return mendable(model.features, to_network(images, args))
+        mendable(model.fit, torch.cat([step(), 2 * step()]))
     else:
-        with Run(folder, identity, args.resume, prefix) as run:
-            model = TRAIN[args.method](run, category, args)
-            values = evaluate(model, category, folder, args) if category.test else {}
-            seconds = time.monotonic() - run.begun
-    content = values | {"category": category.name, "settings": identity, "seed": args.seed, "seconds": round(seconds, 1)}
-    common.write_atomically(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
-    for note in remarks(category, args, values):
-        print(prefix + note)
-    return values
+        args.steps = args.steps or 1
+        model, stages = PREPARE[args.method](category, args)
+        generator, optimizer = torch.Generator(args.device), new_optimizer(stages[0])
+        step = lambda: advance(stages[0], optimizer, generator)
+    result = {"method": args.method, "device": str(args.device), "precision": args.precision, "size": args.size,
+              "batch": args.batch, "train_ms": median_ms(step)}
+    result["train_images_per_s"] = 1000 * args.batch / result["train_ms"]
+    if args.method != "dfm":
+        result["synthesis_images_per_s"] = 1000 * args.batch / median_ms(lambda: stages[0].synthesize(generator))
+    model.eval()
+    result["predict_ms"] = median_ms(lambda: predict_batch(model, images, args))
+    result["predict_images_per_s"] = 1000 * args.batch / result["predict_ms"]
+    memory = (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else math.nan)
+    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
+                     | {"peak_memory_mib": round(memory / 2 ** 20)}))
+    return 0
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
     columns = ("image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_aupro")
     rows = dict(results)
     if len(rows) > 1:
-        rows["mean"] = {c: sum(found) / len(found) for c in columns if (found := [r[c] for r in results.values() if c in r])}
+        found = {column: [row[column] for row in rows.values() if column in row] for column in columns}
+        rows["mean"] = {column: sum(values) / len(values) for column, values in found.items() if values}
     width = max(map(len, (*rows, "category")))
-    print(f"{'category':{width}}" + "".join(f"{c.replace('_', ' '):>13}" for c in columns))
+    print(f"{'category':{width}}" + "".join(f"{column.replace('_', ' '):>13}" for column in columns))
     for name, row in rows.items():
         print(f"{name:{width}}" + "".join(f"{row[c]:13.4f}" if c in row else f"{'-':>13}" for c in columns))
 
 
-def share(categories: list[Category]) -> list[Category]:
-    """This process's part: the longest first, each to the process that has the least so far."""
+def share_out(categories: list[Category]) -> list[Category]:
+    """This rank's part: the longest first, each to the rank that has the least so far."""
     loads, mine = [0] * WORLD, []
-    for category in sorted(categories, key=lambda c: -len(c.train)):
+    for category in sorted(categories, key=lambda category: -len(category.train)) if WORLD > 1 else categories:
         rank = loads.index(min(loads))
         loads[rank] += len(category.train)
         if rank == RANK:
             mine.append(category)
-    return sorted(mine, key=lambda c: categories.index(c)) if WORLD == 1 else mine
+    return mine
 
 
 def run_all(args: argparse.Namespace) -> int:
-    if args.data is None:
+    if args.toy:
         common.make_toy("data/toy")
-    categories = common.find_categories(args.data or Path("data/toy"))
+    categories = common.find_categories("data/toy" if args.toy else args.data)
+    if args.method == "dsr" and not args.checkpoint:
+        if args.toy and not args.codebook:
+            args.pretrain = args.pretrain or Path("data/toy/train/good")
+        if args.pretrain:
+            args.codebook = pretrain_dsr(args)
+    if args.bench:
+        return bench(categories[0], args)
+    if args.method == "dfm" and args.joint and not args.checkpoint:
+        print_table(run_joint(categories, args))
+        return 0
     results, failures = {}, {}
-    for category in share(categories):
+    for category in share_out(categories):
         try:
             results[category.name] = run_category(category, args)
-            if WORLD == 1 and len(categories) > 1:
-                print_table({category.name: results[category.name]})
         except (InputError, Exception if WORLD > 1 else InputError) as error:
-            if len(categories) == 1:
+            if len(categories) == 1 and WORLD == 1 or isinstance(error, Stopped):
                 raise
             if not isinstance(error, InputError):
                 traceback.print_exc()
@@ -678,37 +877,44 @@ def run_all(args: argparse.Namespace) -> int:
     if WORLD > 1:
         everyone = [None] * WORLD
         dist.all_gather_object(everyone, (results, failures))
-        results = {c.name: r[c.name] for c in categories for r, _ in everyone if c.name in r}
-        failures = {f"rank {rank}, {name}": f for rank, (_, of) in enumerate(everyone) for name, f in of.items()}
+        results = {c.name: found[c.name] for c in categories for found, _ in everyone if c.name in found}
+        failures = {f"rank {rank}: {name}": text for rank, (_, of) in enumerate(everyone) for name, text in of.items()}
     if RANK == 0:
-        if results:
+        if any(results.values()):
             print_table(results)
-        for name, failure in failures.items():
-            print(f"train.py: {name}: {failure}", file=sys.stderr)
-        if len(categories) == 1 and not args.checkpoint:
-            print(f"pictures, metrics and weights: {args.out / args.method / categories[0].name}")
+        for name, text in failures.items():
+            print(f"train.py: {name}: {text}", file=sys.stderr)
+        print(f"weights, pictures and metrics are in {args.out / args.method}")
     return 2 if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names of any bytes are printed as they are
     try:
         args = parse(argv)
-        if args.checkpoint and (stored := read_checkpoint(args.checkpoint).get("run")):
-            args = parse(argv, size=stored["size"])
-        elif args.data is None and not args.checkpoint:
+        toy = args.data is None and args.checkpoint is None
+        if toy:
             args = parse(argv, **TOY[args.method])
-        hardware(args)
+        elif args.checkpoint and "run" in (stored := mendable(draem.read_weights, args.checkpoint)):
+            args = parse(argv, size=stored["run"].get("size", 256))
+        args.toy = toy
+        settle_hardware(args)
         if WORLD > 1:
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo",
+                                    timeout=datetime.timedelta(days=30))  # ranks wait for the longest category
         return predict(args) if args.predict else run_all(args)
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"train.py: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"train.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("train.py: out of GPU memory: a smaller --batch, --size or --width needs less", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
