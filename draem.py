@@ -500,7 +500,7 @@ def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
 
 
 def reorder(value, dim: int, order: tuple[int, ...]):
-    """A tensor's slices along dim in that order. What has not that many there stays as it is, for set_weights to name."""
+    """A tensor's slices along dim in that order; what has another number of them stays, for set_weights to refuse."""
     fits = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == len(order)
     return value.index_select(dim, torch.tensor(order)) if fits else value
 
