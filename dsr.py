@@ -650,22 +650,24 @@ class DsrModel(nn.Module):
         return general, specific, coarse, logits
 
     @torch.no_grad()
-    def predict_parts(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a picture of the result shows: general, specific, coarse (N, H, W), anomaly_map (N, H, W)."""
-        if self.training:
-            raise RuntimeError("predict is for a trained model: call model.eval() first")
-        general, specific, coarse, logits = self(image)
-        return general, specific, coarse.float().softmax(1)[:, 1], logits.float().softmax(1)[:, 1]
+    def predict_parts(self, image: Tensor, window: int = 21) -> dict[str, Tensor]:
+        """score (N,): the maximum of the window x window mean of coarse_mask; anomaly_map; both (N, H, W) in [0, 1].
 
-    @torch.no_grad()
-    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
-        """score (N,), the maximum of the window x window mean of the coarse mask, and anomaly_map (N, H, W).
-
-        The code's window is 21 at 256 x 256, padded with zeros, on the mask before upsampling.
+        The code's window is 21 at 256 x 256, padded with zeros, on the mask before upsampling. general and specific,
+        the images that are compared, come along.
         """
-        *_, coarse, anomaly_map = self.predict_parts(image)
+        if self.training:
+            raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
+        general, specific, coarse, logits = self(image)
+        coarse, anomaly_map = coarse.float().softmax(1)[:, 1], logits.float().softmax(1)[:, 1]
         score = F.avg_pool2d(coarse[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
-        return score, anomaly_map
+        return {"score": score, "anomaly_map": anomaly_map, "general": general, "specific": specific,
+                "coarse_mask": coarse}
+
+    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+        """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
+        parts = self.predict_parts(image, window)
+        return parts["score"], parts["anomaly_map"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,7 +691,7 @@ def read_weights(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "weights_only" in str(error) and "nsupported" in str(error)
+        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
         raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
                                         if unsafe else "truncated, or not a file of weights")) from None
     if not isinstance(content, dict):
