@@ -115,9 +115,9 @@ def brightness(x: Tensor, u: Tensor) -> Tensor:
 
 def sharpness(x: Tensor, u: Tensor) -> Tensor:
     """Towards (factor < 1) or away from (factor > 1) a 3 x 3 smoothing, the factor in [0, 2]."""
-    kernel = torch.ones(3, 1, 3, 3, device=x.device)
-    kernel[:, :, 1, 1] = 5
-    smooth = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel / 13, groups=3)
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    rows = padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]  # sums: a tenth of a depthwise conv's time
+    smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x) / 13
     return torch.lerp(smooth, x, 2 * u[:, 0].view(-1, 1, 1, 1)).clamp(0, 1)
 
 
@@ -126,7 +126,7 @@ def hue_saturation(x: Tensor, u: Tensor) -> Tensor:
     value, least = x.amax(1), x.amin(1)
     chroma = (value - least).clamp_min(1e-8)
     red, green, blue = x.unbind(1)
-    hue = torch.where(value == red, (green - blue) / chroma % 6,
+    hue = torch.where(value == red, (green - blue) / chroma,
                       torch.where(value == green, (blue - red) / chroma + 2, (red - green) / chroma + 4))
     shift = (2 * u[:, :2] - 1) * 50 / 255
     hue = hue + 6 * shift[:, 0].view(-1, 1, 1)
@@ -239,13 +239,14 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float(), y.float()
-        # vx and vy enter as a sum alone: four filtered images do for the five moments.
-        moments = torch.cat((x, y, x * x + y * y, x * y), 1)
+        # vx and vy enter as a sum alone: four filtered images do for the five moments. A CPU filters channels_last
+        # three times as fast, and does the rest faster in planes.
+        moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous(memory_format=torch.channels_last)
         offset = torch.arange(-5.0, 6.0, device=x.device)
         window = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(moments.shape[1], 1, 11)
         moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=moments.shape[1])
         moments = F.conv2d(moments, window[:, :, None], padding=(0, 5), groups=moments.shape[1])
-        mean_x, mean_y, square, product = moments.chunk(4, 1)
+        mean_x, mean_y, square, product = moments.contiguous().chunk(4, 1)
         means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
         c1, c2 = 0.01 ** 2, 0.03 ** 2
         ssim = (2 * means + c1) * (2 * (product - means) + c2) / ((mean_squares + c1) * (square - mean_squares + c2))
