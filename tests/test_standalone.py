@@ -91,7 +91,7 @@ def imported(tree: ast.AST) -> set[str]:
             names.add("." * node.level + (node.module or ""))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
                 "__import__", "import_module", "importorskip"):
-            names.add(node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "?")
+            names |= {argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)}
     return {name if name.startswith(".") else name.split(".")[0] for name in names}
 
 
