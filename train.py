@@ -19,11 +19,12 @@ import statistics
 import sys
 import time
 import traceback
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, TextIO
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 TOY = {"draem": dict(size=64, width=32, steps=800),
        "dsr": dict(size=64, hiddens=32, codes=512, width=16, pretrain_steps=600, pretrain_batch=16, steps=1000,
                    upsampling_steps=300),
-       "dfm": dict(size=128, backbone="resnet18", pooling=2)}
+       "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
 RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
 
@@ -103,7 +104,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of the networks; auto: bf16 on hardware that has it, a GPU or a CPU with AVX512-BF16 or AMX")
+        help="of the networks; auto: bf16 on hardware that has it, a GPU or a CPU with AVX512-BF16 or AMX, but for dfm")
     add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
     add("--save-minutes", type=number(float, 0, 10 ** 6), default=10, metavar="M",
@@ -161,6 +162,11 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
         parser.error(f"argument --beta: {args.beta[0]:g} {args.beta[1]:g} is reversed: the lower share comes first")
     if args.method == "dsr" and args.codebook and args.pretrain:
         parser.error("argument --pretrain: trains a codebook and --codebook gives one; choose")
+    if args.method == "dsr" and args.size < 64:
+        parser.error(f"argument --size: {args.size} leaves DSR's networks a single position; 64 and above work")
+    if args.method == "draem" and args.size == 32 and args.batch == 1 and not args.checkpoint:
+        parser.error("argument --batch: 1 image of 32 x 32 leaves batch norm a single value; 2 and above work, and "
+                     "--size 64")
     if args.predict and not args.checkpoint:
         parser.error("argument --predict: needs --checkpoint FILE, the weights to apply")
     if args.checkpoint and not (args.predict or args.data):
@@ -175,15 +181,19 @@ def settle_hardware(args: argparse.Namespace) -> None:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("cpu, cuda or cuda:N is needed")
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("there is no GPU that this PyTorch can use")
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.backends.cudnn.benchmark = True
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
     if args.precision == "auto":
         cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        args.precision = "bf16" if (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu) else "fp32"
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
+        # DFM's likelihood weighs the directions of least variance most, where bfloat16's rounding would show.
+        args.precision = "bf16" if native and args.method != "dfm" else "fp32"
     args.device = device
 
 
@@ -213,12 +223,24 @@ def mendable(load: Callable, *arguments):
         raise InputError(str(error)) from None
 
 
+def read_checkpoint(path: Path) -> dict:
+    """Weights from anywhere, of a zip file's also the checksums, which torch.load passes over."""
+    content = mendable(draem.read_weights, path)
+    try:
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+    except Exception as error:  # a damaged file fails in many ways
+        damaged = error
+    if damaged:
+        raise InputError(f"{path}: damaged, its checksums do not hold; take an older copy or train again")
+    return content
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A run's folder
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, after the checkpoint is saved."""
+    """Ctrl-C or SIGTERM, its number and what to say, after the checkpoint is saved."""
 
 
 class Run:
@@ -231,45 +253,53 @@ class Run:
         self.folder, self.identity, self.writes, self.checkpoint = folder, identity, writes, {}
         self.last, self.log_path = folder / "last.pt", folder / "log.jsonl"
         self.lock = self._lock()
-        if resume and self.last.exists():
-            self.checkpoint = self._read()
-        elif resume:
-            self.say(f"--resume: there is no {self.last} yet, so this run starts at the beginning")
-        elif self.last.exists() and writes:  # a trained model is never overwritten
-            kept = next(path for i in range(1, 10 ** 6) if not (path := Path(f"{folder}.{i}")).exists())
-            folder.rename(kept)
-            self.say(f"{folder} holds an earlier run, which is now {kept}")
-            os.close(self.lock)
-            self.lock = self._lock()
+        try:
+            if resume and self.last.exists():
+                self.checkpoint = self._read()
+            elif resume:
+                self.say(f"--resume: there is no {self.last} yet, so this run starts at the beginning")
+            elif self.last.exists() and writes:  # a trained model is never overwritten
+                kept = next(path for i in range(1, 10 ** 6) if not (path := Path(f"{folder}.{i}")).exists())
+                folder.rename(kept)
+                self.say(f"{folder} holds an earlier run, which is now {kept}")
+            folder.mkdir(exist_ok=True)
+        except BaseException:
+            self.lock.close()
+            raise
         self.begun = time.monotonic() - self.checkpoint.get("seconds", 0)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_) -> None:
-        os.close(self.lock)
+        self.lock.close()
 
-    def _lock(self) -> int:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _lock(self) -> TextIO:
+        """Ends with the process, however that ends. It is beside the folder, which may be renamed; and fcntl's, which
+        worker processes, who may outlive a killed run by seconds, do not inherit as they do flock's."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         if fcntl is None or not self.writes:
-            return os.open(os.devnull, os.O_RDONLY)
-        lock = os.open(self.folder, os.O_RDONLY)
+            return open(os.devnull)
+        lock = open(self.folder.with_name(f".{self.folder.name}.lock"), "a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            os.close(lock)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            lock.close()
             raise InputError(f"{self.folder}: another run is writing there; wait for it, or choose another root with "
                              "--out DIR") from None
         return lock
 
     def _read(self) -> dict:
-        checkpoint = mendable(draem.read_weights, self.last)
-        if checkpoint.get("method") != self.identity["method"] or not {"run", "stage", "step"} <= set(checkpoint):
+        checkpoint, kinds = read_checkpoint(self.last), {"run": dict, "stage": str, "step": int, "ended": bool,
+                                                         "last_option": str, "seconds": float, "model": dict}
+        if (checkpoint.get("method") != self.identity["method"]
+                or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items())):
             raise InputError(f"{self.last}: not a checkpoint of {self.identity['method']} to go on from; choose "
                              "another root with --out DIR")
         for name, value in self.identity.items():
             then = checkpoint["run"].get(name)
-            longer = name == checkpoint["last_option"] and checkpoint["ended"] and then is not None and value >= then
+            longer = (name == checkpoint["last_option"] and checkpoint["ended"] and isinstance(then, int)
+                      and value >= then)
             if value != then and not longer:
                 raise InputError(f"--resume: {self.last} was trained with --{name.replace('_', '-')} {then}, now it is "
                                  f"{value}; give the old value, or another root with --out DIR")
@@ -295,8 +325,12 @@ class Run:
 
     def log(self, row: dict) -> None:
         if self.writes:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.log_path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.log_path}: cannot be written: {error.strerror}; free space, then go on from "
+                                 "the last checkpoint with --resume") from None
 
     def trim_log(self, stages: list[str], stage: str, step: int) -> None:
         """Keeps the lines up to the checkpoint's step; the steps after it are taken, and logged, again."""
@@ -371,19 +405,39 @@ def reseed(generator: torch.Generator, seed: int, stage: str, step: int) -> torc
     return generator.manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
 
 
+def restore(optimizer: torch.optim.Optimizer, run: Run) -> None:
+    try:
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        fits = all(optimizer.state[parameter][name].shape == parameter.shape and optimizer.state[parameter]["step"] >= 0
+                   for group in optimizer.param_groups for parameter in group["params"]
+                   for name in ("exp_avg", "exp_avg_sq"))
+    except Exception:  # a foreign file fails in many ways
+        fits = False
+    if not fits:
+        raise InputError(f"{run.last}: the optimizer's state is missing or does not fit; choose another root with "
+                         "--out DIR")
+
+
+def diverged(run: Run, stage: Stage, step: int, what: str) -> InputError:
+    kept = f"{run.last} holds an earlier step" if run.last.exists() else "nothing was saved yet"
+    return InputError(f"{stage.name}, step {step}: {what}; {kept}; try a lower --lr or --precision fp32")
+
+
 def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: argparse.Namespace) -> None:
     """All steps of one stage, or those that the run's checkpoint lacks."""
     names = [other.name for other in stages]
     reached = run.checkpoint.get("stage", names[0])
     start = run.checkpoint.get("step", 0) if reached == stage.name else 0
-    if names.index(reached) > names.index(stage.name) or start >= stage.steps:
+    if names.index(reached) > names.index(stage.name):
+        return
+    run.trim_log(names, stage.name, start)
+    if start >= stage.steps:
         return
     optimizer = new_optimizer(stage)
     if start:
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        restore(optimizer, run)
         run.say(f"{stage.name}: resumed after step {start}")
     run.checkpoint = {}
-    run.trim_log(names, stage.name, start)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: 0.1 ** sum(n >= drop for drop in stage.drops), last_epoch=start - 1 if start else -1)
     generator = torch.Generator(args.device)
@@ -404,9 +458,7 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
             for i, row in enumerate(rows, done - len(rows) + 1):
                 if not all(map(math.isfinite, row)):
                     values = ", ".join(f"{name} {value:g}" for name, value in zip(terms, row))
-                    kept = f"{run.last} holds an earlier step" if run.last.exists() else "nothing was saved yet"
-                    raise InputError(f"{stage.name}, step {i}: the loss is not finite ({values}); {kept}; try a lower "
-                                     "--lr or --precision fp32")
+                    raise diverged(run, stage, i, f"the loss is not finite ({values})")
             if log:
                 values = dict(zip(terms, rows[-1]))
                 run.log({"stage": stage.name, "step": done, **values, "lr": rate})
@@ -416,12 +468,14 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
                      f"lr {rate:.0e}  {speed * stage.batch:.3g} images/s  "
                      f"{datetime.timedelta(seconds=round((stage.steps - done) / speed))} left", done == stage.steps)
             if save:
+                if not all(value.isfinite().all() for value in model.state_dict().values()):
+                    raise diverged(run, stage, done, "the weights are no longer finite")
                 run.save(stage.name, done, model, optimizer, done == stage.steps and stage is stages[-1],
                          stages[-1].option)
                 saved = time.monotonic()
             if received:
-                raise Stopped(f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with the "
-                              "same command and --resume")
+                raise Stopped(received[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; "
+                              "go on with the same command and --resume")
 
 
 def show(run: Run, line: str, last: bool) -> None:
@@ -468,11 +522,19 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     identity = describe(args, "dsr-codebook")
     folder = args.out / "dsr" / f"codebook-{'toy' if args.data is None else args.pretrain.resolve().name}"
     paths, last = common.list_images(args.pretrain), folder / "last.pt"
-    if last.exists() and (stored := mendable(draem.read_weights, last)).get("ended") and stored["run"] == identity:
+    stored = read_checkpoint(last) if last.exists() else {}
+    if WORLD > 1:
+        dist.barrier()  # all have looked before the first one moves an earlier run away
+    if stored.get("ended") and stored.get("run") == identity:
         print(f"stage 1 was done before: {last}")
         return last
     fits = len(paths) * 3 * args.size ** 2 <= RESIDENT
     images = common.decode(paths, args.size, "stage 1").to(args.device) if fits else None
+    if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        defective, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None, generator,
+                                                  normal_share=0)
+        images = torch.cat((images, (255 * defective).round().byte()))
     torch.manual_seed(args.seed)
     model = to_device(dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2), args)
     latent = network = model.discrete_latent_model
@@ -506,23 +568,31 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     return last
 
 
+def leave_signals(_: int) -> None:
+    """Ctrl-C and SIGTERM reach worker processes, too: they go on reading until the training has saved and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args: argparse.Namespace
                      ) -> Iterator[Tensor]:
     """This rank's share of stage 1's batches from step `start` on, uint8: from memory, or read by worker processes.
 
     The images of step n depend on (seed, n) alone, whichever way they come.
     """
+    count = len(paths) if images is None else len(images)
+
     def indices() -> Iterator[list[int]]:
         generator = torch.Generator()
         for n in range(start, args.pretrain_steps):
             reseed(generator, args.seed, "images", n)
-            yield torch.randint(len(paths), (args.pretrain_batch,), generator=generator).tolist()[RANK::WORLD]
+            yield torch.randint(count, (args.pretrain_batch,), generator=generator).tolist()[RANK::WORLD]
 
     if images is not None:
         yield from (images[torch.tensor(index, device=args.device)] for index in indices())
     else:
         loader = DataLoader(ImageFiles(paths, args.size), batch_sampler=indices(), num_workers=os.cpu_count() or 1,
-                            pin_memory=args.device.type == "cuda")
+                            pin_memory=args.device.type == "cuda", worker_init_fn=leave_signals)
         for batch, _, errors in loader:
             for error in filter(None, errors):
                 raise InputError(error)
@@ -749,8 +819,9 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
     folder, identity = args.out / args.method / category.name, describe(args, args.method)
     if args.checkpoint:
         folder = folder.with_name(f"{category.name}-checkpoint")
+        model, begun = load_model(args), time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-        return evaluate(load_model(args), category, folder, identity, time.monotonic(), args)
+        return evaluate(model, category, folder, identity, begun, args)
     torch.manual_seed(args.seed)  # initial weights
     begun = time.monotonic()
     if args.method == "dfm":
@@ -821,7 +892,7 @@ def bench(category: Category, args: argparse.Namespace) -> int:
     result["predict_ms"] = median_ms(lambda: predict_batch(model, images, args))
     result["predict_images_per_s"] = 1000 * args.batch / result["predict_ms"]
     memory = (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else math.nan)
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0)
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
                      | {"peak_memory_mib": round(memory / 2 ** 20)}))
     return 0
@@ -888,6 +959,17 @@ def run_all(args: argparse.Namespace) -> int:
     return 2 if failures else 0
 
 
+def user_line(error: Exception) -> InputError:
+    """What a user can mend, in one line; anything else is raised again, a fault of this program."""
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):
+        return InputError(f"{error.filename or 'output'}: {error.strerror or error}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return InputError("out of memory: a smaller --batch, --size or --width needs less")
+    raise error
+
+
 def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names of any bytes are printed as they are
@@ -896,29 +978,25 @@ def main(argv: list[str] | None = None) -> int:
         toy = args.data is None and args.checkpoint is None
         if toy:
             args = parse(argv, **TOY[args.method])
-        elif args.checkpoint and "run" in (stored := mendable(draem.read_weights, args.checkpoint)):
-            args = parse(argv, size=stored["run"].get("size", 256))
+        elif args.checkpoint and isinstance(run := read_checkpoint(args.checkpoint).get("run"), dict):
+            args = parse(argv, size=str(run.get("size", args.size)))  # a text is checked as if given
         args.toy = toy
         settle_hardware(args)
         if WORLD > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo",
-                                    timeout=datetime.timedelta(days=30))  # ranks wait for the longest category
+            backend, wait = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo", datetime.timedelta(days=30)
+            mendable(lambda: dist.init_process_group(backend, timeout=wait))  # ranks wait for the longest category
         return predict(args) if args.predict else run_all(args)
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"train.py: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("train.py: out of GPU memory: a smaller --batch, --size or --width needs less", file=sys.stderr)
-        return 2
     except Stopped as stopped:
-        print(f"\n{stopped}", file=sys.stderr)
-        return 130
+        number, text = stopped.args
+        print(f"\n{text}", file=sys.stderr)
+        return 128 + number
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        print("\nstopped; a training goes on from its last checkpoint with the same command and --resume",
+              file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        print(f"train.py: {user_line(error)}", file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
