@@ -361,7 +361,7 @@ def read_weights(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "weights_only" in str(error) and "nsupported" in str(error)
+        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
         raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
                                         if unsafe else "truncated, or not a file of weights")) from None
     if not isinstance(content, dict):
