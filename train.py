@@ -223,6 +223,15 @@ def mendable(load: Callable, *arguments):
         raise InputError(str(error)) from None
 
 
+def from_file(load: Callable, *arguments):
+    """mendable, for what reads files that anyone may have made: they can hold anything in place of tensors by name."""
+    try:
+        return mendable(load, *arguments)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        paths = ", ".join(str(argument) for argument in arguments if isinstance(argument, Path))
+        raise InputError(f"{paths}: does not hold tensors as a file of weights does ({error})") from None
+
+
 def read_checkpoint(path: Path) -> dict:
     """Weights from anywhere, of a zip file's also the checksums, which torch.load passes over."""
     content = mendable(draem.read_weights, path)
@@ -542,7 +551,7 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
         network = nn.parallel.DistributedDataParallel(latent, broadcast_buffers=False)
     with Run(folder, identity, args.resume, writes=RANK == 0) as run:
         if run.checkpoint:
-            mendable(draem.set_weights, latent, run.checkpoint["model"], last)
+            from_file(draem.set_weights, latent, run.checkpoint["model"], last)
         batches = pretrain_batches(images, paths, run.checkpoint.get("step", 0), args)
 
         def losses(image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -601,7 +610,7 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
 
 def prepare_dsr(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
     images = common.decode(category.train, args.size, category.name).to(args.device)
-    model = to_device(mendable(dsr.load_codebook, args.codebook, 0.2, args.width), args)
+    model = to_device(from_file(dsr.load_codebook, args.codebook, 0.2, args.width), args)
 
     def simulate(generator: torch.Generator) -> tuple[Tensor, dsr.Simulated]:
         image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.4)
@@ -808,7 +817,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     """--checkpoint's model in eval mode."""
     load, more = {"draem": (draem.load_draem, ()), "dfm": (dfm.load_dfm, ()),
                   "dsr": (dsr.load_dsr, (getattr(args, "codebook", None),))}[args.method]
-    return to_device(mendable(load, args.checkpoint, *more), args)
+    return to_device(from_file(load, args.checkpoint, *more), args)
 
 
 def run_category(category: Category, args: argparse.Namespace) -> dict[str, float]:
@@ -833,7 +842,7 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
     model, stages = PREPARE[args.method](category, args)  # reads everything before anything is written
     with Run(folder, identity, args.resume) as run:
         if run.checkpoint:
-            mendable(draem.set_weights, model, run.checkpoint["model"], run.last)
+            from_file(draem.set_weights, model, run.checkpoint["model"], run.last)
         run.say(f"{args.method}, width {args.width}, {args.size} x {args.size}, {args.device} {args.precision}: "
                 f"{' + '.join(str(stage.steps) for stage in stages)} steps of {args.batch} -> {folder}")
         for stage in stages:
