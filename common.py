@@ -5,6 +5,7 @@ Images are RGB, uint8, (3, size, size); masks are uint8, (1, size, size), 1 = an
 whatever their aspect ratio. What a user can mend is an InputError: one line that says what, where, and what to do.
 """
 
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, for wh
 
 # Pillow remarks on palettes with alpha, damaged EXIF, large pictures: here they are read well or become an InputError.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class InputError(Exception):
@@ -502,9 +504,9 @@ def _toy_image(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         way, length = rng.uniform(0, 2 * math.pi) + rng.uniform(-1, 1) * along, rng.uniform(60, 130)  # an arc
         u = x - 0.7 * reach * right - length * (np.cos(way).cumsum(0) - np.cos(way).sum(0) / 2) / 64
         v = y - 0.7 * reach * down - length * (np.sin(way).cumsum(0) - np.sin(way).sum(0) / 2) / 64
-        bright = (np.hypot(u, v) - rng.uniform(1.9, 2.8) * np.sqrt(1 - (2 * along) ** 2)).min(0)  # ends taper
+        bright = (np.hypot(u, v) - rng.uniform(4, 5.5) * np.sqrt(1 - (2 * along) ** 2)).min(0)  # ends taper
         steel = _cover(np.hypot(x, y) - 97)
-        dark = _cover(np.hypot(u - 1, v - 1.2).min(0) - 3, 2)
+        dark = _cover(np.hypot(u - 2, v - 2.4).min(0) - 5, 2)
         picture = _paint(picture, np.float32(30), (1, 1, 1), 0.75 * dark * steel)
         picture = _paint(picture, np.float32(238), (1, 1, 1), _cover(bright, 1.5) * steel)
     elif kind == "stain":

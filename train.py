@@ -302,7 +302,8 @@ class Run:
         checkpoint, kinds = read_checkpoint(self.last), {"run": dict, "stage": str, "step": int, "ended": bool,
                                                          "last_option": str, "seconds": float, "model": dict}
         if (checkpoint.get("method") != self.identity["method"]
-                or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items())):
+                or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items())
+                or checkpoint["step"] < 0):
             raise InputError(f"{self.last}: not a checkpoint of {self.identity['method']} to go on from; choose "
                              "another root with --out DIR")
         for name, value in self.identity.items():
@@ -437,6 +438,9 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
     names = [other.name for other in stages]
     reached = run.checkpoint.get("stage", names[0])
     start = run.checkpoint.get("step", 0) if reached == stage.name else 0
+    if reached not in names:
+        raise InputError(f"{run.last}: its stage {reached!r} is none of {', '.join(names)}; choose another root with "
+                         "--out DIR")
     if names.index(reached) > names.index(stage.name):
         return
     run.trim_log(names, stage.name, start)
@@ -459,7 +463,8 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
             recent.append(torch.stack(list(terms.values())))
             now = time.monotonic()
             log = done % LOG_EVERY == 0 or done in (1, 5, 20, stage.steps)
-            save = bool(received) or done == stage.steps or now - saved >= 60 * args.save_minutes
+            stop = bool(received)  # looked at once: a signal from here on stops the next step, which saves
+            save = stop or done == stage.steps or now - saved >= 60 * args.save_minutes
             if not (log or save or args.device.type == "cpu"):
                 continue  # a GPU is waited for only now and then
             rows = torch.stack(recent).tolist()
@@ -482,9 +487,11 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
                 run.save(stage.name, done, model, optimizer, done == stage.steps and stage is stages[-1],
                          stages[-1].option)
                 saved = time.monotonic()
-            if received:
-                raise Stopped(received[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; "
-                              "go on with the same command and --resume")
+            if stop:
+                break
+    if received:
+        raise Stopped(received[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with "
+                      "the same command and --resume")
 
 
 def show(run: Run, line: str, last: bool) -> None:
@@ -493,6 +500,17 @@ def show(run: Run, line: str, last: bool) -> None:
         print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
     else:
         run.say(line)
+
+
+def load(files: ImageFiles, args: argparse.Namespace, workers: int, **batches) -> Iterator[list]:
+    """A DataLoader's batches. Its processes start with Ctrl-C and SIGTERM blocked: this one decides when to stop."""
+    masked = getattr(signal, "pthread_sigmask", lambda *_: ())  # Windows has none
+    before = masked(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if workers else ()
+    try:
+        return iter(DataLoader(files, num_workers=workers, pin_memory=args.device.type == "cuda", **batches))
+    finally:
+        if workers:
+            masked(signal.SIG_SETMASK, before)
 
 
 def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> Tensor:
@@ -531,25 +549,26 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     identity = describe(args, "dsr-codebook")
     folder = args.out / "dsr" / f"codebook-{'toy' if args.data is None else args.pretrain.resolve().name}"
     paths, last = common.list_images(args.pretrain), folder / "last.pt"
-    stored = read_checkpoint(last) if last.exists() else {}
+    stored, picture = read_checkpoint(last) if last.exists() else {}, folder / "reconstructions.png"
+    done = bool(stored.get("ended")) and stored.get("run") == identity
+    complete = done and picture.exists()
     if WORLD > 1:
         dist.barrier()  # all have looked before the first one moves an earlier run away
-    if stored.get("ended") and stored.get("run") == identity:
+    if complete:
         print(f"stage 1 was done before: {last}")
         return last
     fits = len(paths) * 3 * args.size ** 2 <= RESIDENT
     images = common.decode(paths, args.size, "stage 1").to(args.device) if fits else None
     if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
-        generator = torch.Generator(args.device).manual_seed(args.seed)
-        defective, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None, generator,
-                                                  normal_share=0)
-        images = torch.cat((images, (255 * defective).round().byte()))
+        strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
+                                                torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
+        images = torch.cat((images, (255 * strange).round().byte()))
     torch.manual_seed(args.seed)
     model = to_device(dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2), args)
     latent = network = model.discrete_latent_model
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(latent, broadcast_buffers=False)
-    with Run(folder, identity, args.resume, writes=RANK == 0) as run:
+    with Run(folder, identity, args.resume or done, writes=RANK == 0) as run:
         if run.checkpoint:
             from_file(draem.set_weights, latent, run.checkpoint["model"], last)
         batches = pretrain_batches(images, paths, run.checkpoint.get("step", 0), args)
@@ -571,16 +590,10 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
             with torch.no_grad(), autocast(args):
                 drawn = latent(to_network(shown, args))[0].float().cpu()
             strips = [common.strip([common.panel(a), common.panel(b)]) for a, b in zip(shown, drawn)]
-            write_image(folder / "reconstructions.png", common.sheet(strips, [""] * len(strips), ("image", "general")))
+            write_image(picture, common.sheet(strips, [""] * len(strips), ("image", "general")))
     if WORLD > 1:
         dist.barrier()  # the others read what the first one wrote
     return last
-
-
-def leave_signals(_: int) -> None:
-    """Ctrl-C and SIGTERM reach worker processes, too: they go on reading until the training has saved and ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args: argparse.Namespace
@@ -600,9 +613,7 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
     if images is not None:
         yield from (images[torch.tensor(index, device=args.device)] for index in indices())
     else:
-        loader = DataLoader(ImageFiles(paths, args.size), batch_sampler=indices(), num_workers=os.cpu_count() or 1,
-                            pin_memory=args.device.type == "cuda", worker_init_fn=leave_signals)
-        for batch, _, errors in loader:
+        for batch, _, errors in load(ImageFiles(paths, args.size), args, os.cpu_count() or 1, batch_sampler=indices()):
             for error in filter(None, errors):
                 raise InputError(error)
             yield batch
@@ -671,8 +682,7 @@ def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None]
            ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
     workers = min(os.cpu_count() or 1, math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
-    for images, truth, errors in DataLoader(ImageFiles(paths, args.size, masks), args.batch, num_workers=workers,
-                                            pin_memory=args.device.type == "cuda"):
+    for images, truth, errors in load(ImageFiles(paths, args.size, masks), args, workers, batch_size=args.batch):
         for error in () if skip else filter(None, errors):
             raise InputError(error)
         yield images, truth, errors
@@ -772,7 +782,7 @@ def predict(args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
     model = load_model(args)
     paths = [path for given in args.predict for path in common.list_images(given)]
-    folder, used, at, bad = args.out / args.method / "predictions", {}, 0, 0
+    folder, used, at, bad = args.out / args.method / "predictions", set(), 0, 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for images, _, errors in stream(paths, args, skip=True):
             parts, jobs = predict_batch(model, images, args), []
@@ -783,8 +793,10 @@ def predict(args: argparse.Namespace) -> int:
                     bad += 1
                     continue
                 print(f"{path} {parts['score'][i]:.6f}", flush=True)
-                used[path.stem] = used.get(path.stem, 0) + 1  # images of one name in several folders
-                name = path.stem if used[path.stem] == 1 else f"{path.stem}.{used[path.stem]}"
+                name, count = path.stem, 1
+                while name in used:  # images of one name in several folders
+                    name, count = f"{path.stem}.{count + 1}", count + 1
+                used.add(name)
                 own = {key: part[i] for key, part in parts.items() if key != "score"}
                 if own:
                     strip = draw_strip(images[i], own, None, color_top(model))[0]
