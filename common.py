@@ -504,11 +504,11 @@ def _toy_image(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
         way, length = rng.uniform(0, 2 * math.pi) + rng.uniform(-1, 1) * along, rng.uniform(60, 130)  # an arc
         u = x - 0.7 * reach * right - length * (np.cos(way).cumsum(0) - np.cos(way).sum(0) / 2) / 64
         v = y - 0.7 * reach * down - length * (np.sin(way).cumsum(0) - np.sin(way).sum(0) / 2) / 64
-        bright = (np.hypot(u, v) - rng.uniform(4, 5.5) * np.sqrt(1 - (2 * along) ** 2)).min(0)  # ends taper
+        groove = (np.hypot(u, v) - rng.uniform(3.5, 5) * np.sqrt(1 - (2 * along) ** 2)).min(0)  # ends taper
         steel = _cover(np.hypot(x, y) - 97)
-        dark = _cover(np.hypot(u - 2, v - 2.4).min(0) - 5, 2)
-        picture = _paint(picture, np.float32(30), (1, 1, 1), 0.75 * dark * steel)
-        picture = _paint(picture, np.float32(238), (1, 1, 1), _cover(bright, 1.5) * steel)
+        burr = _cover(np.hypot(u - 1.5, v - 1.8).min(0) - 5, 2)
+        picture = _paint(picture, np.float32(225), (1, 1, 1), 0.75 * burr * steel)
+        picture = _paint(picture, np.float32(38), (1, 1, 1), _cover(groove, 1.5) * steel)
     elif kind == "stain":
         u, v = x - reach * right, y - reach * down
         around, outline = np.arctan2(v, u), 1

@@ -47,8 +47,8 @@ except ImportError:  # Windows: nothing keeps two runs out of one folder there, 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What replaces the published values where neither --data nor the option itself is given, so that minutes on a CPU do.
 TOY = {"draem": dict(size=64, width=32, steps=800),
-       "dsr": dict(size=64, hiddens=32, codes=512, width=16, pretrain_steps=600, pretrain_batch=16, steps=1000,
-                   upsampling_steps=300),
+       "dsr": dict(size=64, hiddens=32, codes=512, width=16, lr=1e-3, pretrain_steps=2000, pretrain_batch=16,
+                   steps=1000, upsampling_steps=300),
        "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
 RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
