@@ -502,15 +502,15 @@ def show(run: Run, line: str, last: bool) -> None:
         run.say(line)
 
 
-def load(files: ImageFiles, args: argparse.Namespace, workers: int, **batches) -> Iterator[list]:
-    """A DataLoader's batches. Its processes start with Ctrl-C and SIGTERM blocked: this one decides when to stop."""
-    masked = getattr(signal, "pthread_sigmask", lambda *_: ())  # Windows has none
-    before = masked(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM}) if workers else ()
+def load(files: ImageFiles, args: argparse.Namespace, workers: int, kept: set[int], **batches) -> Iterator[list]:
+    """A DataLoader's batches. Its processes start with the signals `kept` blocked: those are this one's to handle."""
+    mask = getattr(signal, "pthread_sigmask", None) if workers else None  # Windows has none
+    before = mask(signal.SIG_BLOCK, kept) if mask else set()
     try:
         return iter(DataLoader(files, num_workers=workers, pin_memory=args.device.type == "cuda", **batches))
     finally:
-        if workers:
-            masked(signal.SIG_SETMASK, before)
+        if mask:
+            mask(signal.SIG_SETMASK, before)
 
 
 def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> Tensor:
@@ -583,7 +583,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
                       lambda: model.train_stage(1), "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr)
         run.say(f"stage 1 on {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x "
                 f"{args.size}, {args.device} {args.precision}: {stage.steps} steps of {stage.batch} -> {folder}")
-        fit(run, latent, [stage], stage, args)
+        with contextlib.closing(batches):  # which ends its processes
+            fit(run, latent, [stage], stage, args)
         if run.writes:
             latent.eval()
             shown = torch.stack([common.read_image(path, args.size) for path in paths[:: math.ceil(len(paths) / 8)]])
@@ -613,7 +614,8 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
     if images is not None:
         yield from (images[torch.tensor(index, device=args.device)] for index in indices())
     else:
-        for batch, _, errors in load(ImageFiles(paths, args.size), args, os.cpu_count() or 1, batch_sampler=indices()):
+        for batch, _, errors in load(ImageFiles(paths, args.size), args, os.cpu_count() or 1,
+                                     {signal.SIGINT, signal.SIGTERM}, batch_sampler=indices()):
             for error in filter(None, errors):
                 raise InputError(error)
             yield batch
@@ -682,7 +684,8 @@ def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None]
            ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
     workers = min(os.cpu_count() or 1, math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
-    for images, truth, errors in load(ImageFiles(paths, args.size, masks), args, workers, batch_size=args.batch):
+    for images, truth, errors in load(ImageFiles(paths, args.size, masks), args, workers, {signal.SIGINT},
+                                      batch_size=args.batch):
         for error in () if skip else filter(None, errors):
             raise InputError(error)
         yield images, truth, errors
