@@ -101,7 +101,7 @@ def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 4
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
 
-# The code's ten texture augmentations (data_loader.py, as imgaug defines them): x in [0, 1], u (n, 3) uniform draws.
+# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x in [0, 1]; u (n, 3) are uniform draws.
 
 
 def gamma(x: Tensor, u: Tensor) -> Tensor:

@@ -237,10 +237,11 @@ def read_checkpoint(path: Path) -> dict:
     content = mendable(draem.read_weights, path)
     try:
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        json.dumps(content.get("run"))  # settings are plain values, to be compared
     except Exception as error:  # a damaged file fails in many ways
         damaged = error
     if damaged:
-        raise InputError(f"{path}: damaged, its checksums do not hold; take an older copy or train again")
+        raise InputError(f"{path}: damaged since it was written; take an older copy or train again")
     return content
 
 
