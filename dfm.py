@@ -416,6 +416,8 @@ def load_dfm(path: str | Path) -> DFMModel:
     try:
         model = DFMModel(**{**content["settings"], "pre_trained": False})
         model.load_state_dict(content["model"])
+        if bad := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
+            raise ValueError(f"{len(bad)} entries not finite ({', '.join(bad[:3])})")
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
     return model.eval()

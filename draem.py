@@ -101,7 +101,7 @@ def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 4
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
 
-# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x in [0, 1]; u (n, 3) are uniform draws.
+# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x in [0, 1]; u (n, 3) is uniform.
 
 
 def gamma(x: Tensor, u: Tensor) -> Tensor:
@@ -240,8 +240,9 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float(), y.float()
         # vx and vy enter as a sum alone: four filtered images do for the five moments. A CPU filters channels_last
-        # three times as fast, and does the rest faster in planes.
-        moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous(memory_format=torch.channels_last)
+        # three times as fast, and does the rest faster in planes; a GPU would filter channels_last in TF32.
+        layout = torch.contiguous_format if x.is_cuda else torch.channels_last
+        moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous(memory_format=layout)
         offset = torch.arange(-5.0, 6.0, device=x.device)
         window = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(moments.shape[1], 1, 11)
         moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=moments.shape[1])

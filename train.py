@@ -51,6 +51,7 @@ TOY = {"draem": dict(size=64, width=32, steps=800),
                    steps=1000, upsampling_steps=300),
        "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
+TOY_IMAGES = Path("data/toy/train/good")  # stage 1 of DSR learns from them where neither --data nor --pretrain is given
 RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
 
 
@@ -191,10 +192,13 @@ def settle_hardware(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
     if args.precision == "auto":
         cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu
         # DFM's likelihood weighs the directions of least variance most, where bfloat16's rounding would show.
         args.precision = "bf16" if native and args.method != "dfm" else "fp32"
+    torch.backends.cudnn.allow_tf32 = args.method != "dfm"  # so would TF32's; matrix products never use it here
     args.device = device
+    if WORLD > 1 and (args.predict or args.bench or getattr(args, "joint", False)):
+        raise InputError("--predict, --bench and --joint are one process's work: start them without torchrun")
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -547,8 +551,10 @@ def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Modu
 
 def pretrain_dsr(args: argparse.Namespace) -> Path:
     """Stage 1 of DSR, unless it was done before: the path of its codebook."""
-    identity = describe(args, "dsr-codebook")
-    folder = args.out / "dsr" / f"codebook-{'toy' if args.data is None else args.pretrain.resolve().name}"
+    if args.pretrain_batch % WORLD:
+        raise InputError(f"--pretrain-batch {args.pretrain_batch}: is not a multiple of the {WORLD} processes")
+    identity, toy = describe(args, "dsr-codebook"), args.pretrain == TOY_IMAGES
+    folder = args.out / "dsr" / f"codebook-{'toy' if toy else args.pretrain.resolve().name}"
     paths, last = common.list_images(args.pretrain), folder / "last.pt"
     stored, picture = read_checkpoint(last) if last.exists() else {}, folder / "reconstructions.png"
     done = bool(stored.get("ended")) and stored.get("run") == identity
@@ -558,9 +564,9 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     if complete:
         print(f"stage 1 was done before: {last}")
         return last
-    fits = len(paths) * 3 * args.size ** 2 <= RESIDENT
+    fits = toy or len(paths) * 3 * args.size ** 2 <= RESIDENT
     images = common.decode(paths, args.size, "stage 1").to(args.device) if fits else None
-    if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
+    if toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
         strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
         images = torch.cat((images, (255 * strange).round().byte()))
@@ -613,7 +619,8 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
             yield torch.randint(count, (args.pretrain_batch,), generator=generator).tolist()[RANK::WORLD]
 
     if images is not None:
-        yield from (images[torch.tensor(index, device=args.device)] for index in indices())
+        for index in map(torch.tensor, indices()):
+            yield images[(index.pin_memory() if images.is_cuda else index).to(args.device, non_blocking=True)]
     else:
         for batch, _, errors in load(ImageFiles(paths, args.size), args, os.cpu_count() or 1,
                                      {signal.SIGINT, signal.SIGTERM}, batch_sampler=indices()):
@@ -736,7 +743,7 @@ def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict,
              ) -> dict[str, float]:
     """The metrics of the test set, with the last weights; writes metrics.json, and pictures where there are maps."""
     values = measure(model.eval(), category, folder, args) if category.test else {}
-    content = values | {"category": category.name, "settings": identity, "seed": args.seed,
+    content = values | {"category": category.name, "settings": identity, "seed": identity["seed"],
                         "seconds": round(time.monotonic() - begun, 1)}
     common.write_atomically(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
     if not category.test:
@@ -744,7 +751,7 @@ def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict,
     elif "image_auroc" not in values:
         print(f"{category.name}: the test set has no {'normal' if all(category.labels) else 'defective'} images, so "
               "there are no image metrics")
-    if category.test and args.method == "dfm" and args.score == "nll":
+    if category.test and getattr(model, "score_type", "") == "nll":
         print("NLL scores whole images: there are no maps and no pixel metrics")
     elif missing := category.has_truth.count(False):
         print(f"{category.name}: pixel metrics leave out {missing} defective images without a mask in ground_truth/")
@@ -753,7 +760,7 @@ def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict,
 
 def measure(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Batch by batch: scores and maps are kept, images are not; threads draw while the network goes on."""
-    scores, maps, truths, shown, at = [], [], [], [], 0
+    scores, maps, truths, shown, at, top = [], [], [], [], 0, color_top(model)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for images, masks, _ in stream(category.test, args, category.masks):
             parts, jobs = predict_batch(model, images, args), []
@@ -762,7 +769,7 @@ def measure(model: nn.Module, category: Category, folder: Path, args: argparse.N
                 path, defect, truth = category.test[at + i], category.defects[at + i], category.has_truth[at + i]
                 own = {name: part[i] for name, part in parts.items()}
                 name = path.relative_to(category.folder / "test")
-                strip, headings = draw_strip(images[i], own, masks[i] if truth else None, color_top(model))
+                strip, headings = draw_strip(images[i], own, masks[i] if truth else None, top)
                 jobs.append(pool.submit(write_image, folder / "maps" / f"{name.with_suffix('')}.png", strip))
                 if args.save_maps:
                     tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name.with_suffix('')}.tiff"
@@ -786,7 +793,7 @@ def predict(args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
     model = load_model(args)
     paths = [path for given in args.predict for path in common.list_images(given)]
-    folder, used, at, bad = args.out / args.method / "predictions", set(), 0, 0
+    folder, used, at, bad, top = args.out / args.method / "predictions", set(), 0, 0, color_top(model)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for images, _, errors in stream(paths, args, skip=True):
             parts, jobs = predict_batch(model, images, args), []
@@ -803,7 +810,7 @@ def predict(args: argparse.Namespace) -> int:
                 used.add(name)
                 own = {key: part[i] for key, part in parts.items() if key != "score"}
                 if own:
-                    strip = draw_strip(images[i], own, None, color_top(model))[0]
+                    strip = draw_strip(images[i], own, None, top)[0]
                     jobs.append(pool.submit(write_image, folder / f"{name}.png", strip))
                     if args.save_maps:
                         jobs.append(pool.submit(save_map, folder / f"{name}.tiff", path, own["anomaly_map"]))
@@ -818,7 +825,8 @@ def predict(args: argparse.Namespace) -> int:
 IDENTITY = {"draem": ("data", "textures", "width", "sspcab", "batch", "steps", "lr", "beta"),
             "dsr": ("data", "codebook", "width", "batch", "steps", "upsampling_steps", "lr"),
             "dsr-codebook": ("pretrain", "pretrain_steps", "pretrain_batch", "hiddens", "codes", "lr"),
-            "dfm": ("data", "backbone", "layer", "pooling", "variance", "score", "weights", "joint")}
+            "dfm": ("data", "backbone", "layer", "pooling", "variance", "score", "weights", "joint"),
+            "checkpoint": ("data", "checkpoint")}
 
 
 def describe(args: argparse.Namespace, method: str) -> dict:
@@ -841,12 +849,16 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
     args = argparse.Namespace(**vars(args) | {"data": category.folder})
     if args.method == "draem":
         args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
-    folder, identity = args.out / args.method / category.name, describe(args, args.method)
+    folder = args.out / args.method / category.name
     if args.checkpoint:
         folder = folder.with_name(f"{category.name}-checkpoint")
         model, begun = load_model(args), time.monotonic()
+        trained = read_checkpoint(args.checkpoint).get("run", {})  # unknown of others' files
+        identity = trained | describe(args, "checkpoint") | {
+            "method": args.method, "seed": trained.get("seed", args.seed)}
         folder.mkdir(parents=True, exist_ok=True)
         return evaluate(model, category, folder, identity, begun, args)
+    identity = describe(args, args.method)
     torch.manual_seed(args.seed)  # initial weights
     begun = time.monotonic()
     if args.method == "dfm":
@@ -952,7 +964,7 @@ def run_all(args: argparse.Namespace) -> int:
     categories = common.find_categories("data/toy" if args.toy else args.data)
     if args.method == "dsr" and not args.checkpoint:
         if args.toy and not args.codebook:
-            args.pretrain = args.pretrain or Path("data/toy/train/good")
+            args.pretrain = args.pretrain or TOY_IMAGES
         if args.pretrain:
             args.codebook = pretrain_dsr(args)
     if args.bench:
