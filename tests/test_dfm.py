@@ -456,7 +456,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
         (state | {"layer1.0.conv2.weight": torch.zeros(64, 64, 1, 1)}, "layer1.0.conv2.weight (64, 64, 1, 1)"),
         (state | {"bn1.weight": torch.full((64,), math.nan)}, "not finite (bn1.weight"),
         ([1, 2], "found list"),
-        (Code(), "would run code"),
+        (Code(), "could run code"),
     ]
     for content, words in cases:
         torch.save(content, path)
