@@ -217,6 +217,11 @@ def upsampling_loss(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
 # underscores, so that released weights fit, and every network starts from PyTorch's initial weights, as in the code.
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether work is best done in pieces: a GPU wants few large ones, a graph none whose number depends on a shape."""
+    return not (x.is_cuda or torch.compiler.is_compiling())
+
+
 class VectorQuantizer(nn.Module):
     """A codebook (K, D), and the replacement of features (N, D, h, w) by their nearest codes.
 
@@ -236,14 +241,16 @@ class VectorQuantizer(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """argmin over codes of ||feature - code||^2, less ||feature||^2, which is the same for all: (N, h, w).
 
-        The distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. All vectors are
-        taken from the codes' mean, lest rounding decide where they lie close together (as before any training).
+        On a GPU the distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. All
+        vectors are taken from the codes' mean, lest rounding decide where they lie close together (as before training).
         """
         with torch.autocast(features.device.type, enabled=False):
             mean = self.embedding.weight.mean(0)
             rows, codes = features.float().movedim(1, -1) - mean, self.embedding.weight - mean
-            distance = torch.addmm(codes.square().sum(1), rows.flatten(0, 2), codes.t(), alpha=-2)
-            return distance.argmin(1).view(rows.shape[:3])
+            norms, rows, shape = codes.square().sum(1), rows.flatten(0, 2), rows.shape[:3]
+            parts = rows.split(512) if eager_on_cpu(rows) else (rows,)  # 8 MiB of distances, which stay in the cache
+            nearest = [torch.addmm(norms, part, codes.t(), alpha=-2).min(1)[1] for part in parts]  # half argmin's time
+            return torch.cat(nearest).view(shape)
 
     def lookup(self, index: Tensor) -> Tensor:
         return self.embedding(index).movedim(-1, 1)  # (N, D, h, w)
@@ -431,17 +438,26 @@ class DiscreteLatentModel(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The modules trained for each product. InstanceNorm has no parameters here and the same statistics in every mode.
+# The modules trained for each product.
+
+
+class InstanceNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) over each sample's channel, in every mode; no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if eager_on_cpu(x):  # batch norm of one sample: a third of the time, for no copy to planes and back is made
+            return torch.cat([F.batch_norm(sample, None, None, training=True) for sample in x.split(1)])
+        return F.instance_norm(x)
 
 
 def normed_convs(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, hidden, 3, padding=1), nn.InstanceNorm2d(hidden), nn.ReLU(inplace=True),
-                         nn.Conv2d(hidden, outputs, 3, padding=1), nn.InstanceNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(inputs, hidden, 3, padding=1), InstanceNorm(), nn.ReLU(inplace=True),
+                         nn.Conv2d(hidden, outputs, 3, padding=1), InstanceNorm(), nn.ReLU(inplace=True))
 
 
 def normed_up(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-                         nn.Conv2d(inputs, outputs, 3, padding=1), nn.InstanceNorm2d(outputs), nn.ReLU(inplace=True))
+                         nn.Conv2d(inputs, outputs, 3, padding=1), InstanceNorm(), nn.ReLU(inplace=True))
 
 
 class FeatureEncoder(nn.Module):
