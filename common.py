@@ -257,97 +257,61 @@ def connected_components(mask: Tensor) -> Tensor:
     return labels
 
 
-def _curve(scores: Tensor, labels: Tensor, *weights: Tensor) -> list[Tensor] | None:
-    """At each distinct score as threshold, from the highest down: true positives, false positives, and each weight's
-    sum over the samples at or above it; None without both kinds of samples. The sort is most of what metrics cost, so
-    one serves them all. Ties are one threshold, which makes them count half under the trapezoids."""
-    scores, labels = torch.as_tensor(scores).flatten(), torch.as_tensor(labels).flatten().bool()
-    if scores.isnan().any():
-        raise InputError("scores are NaN: the weights are damaged or the training diverged; train again")
-    if labels.all() or not labels.any():
-        return None
-    scores, order = scores.sort(descending=True)
-    last = torch.ones_like(labels)
-    torch.ne(scores[1:], scores[:-1], out=last[:-1])
-    last = last.nonzero().squeeze(1)
-    hits, *sums = [weight.flatten()[order].cumsum(0, dtype=torch.float64)[last] for weight in (labels, *weights)]
-    return [hits, last + 1 - hits, *sums]
+class Ranking:
+    """Scored samples, added part by part, and the metrics of their order. 8 bytes a sample are all that is kept: an
+    integer that sorts as the float32 score in its upper half does, and holds the sample's region in its lower half. They
+    are sorted in place, and summed slice by slice."""
 
+    def __init__(self, count: int, slice_size: int = 2**20):
+        self.keys, self.used, self.slice_size = torch.empty(count + 1, dtype=torch.int64), 1, slice_size
+        self.keys[0] = torch.iinfo(torch.int64).min  # below every score
+        self.sizes = torch.zeros(1, dtype=torch.int64)  # samples of each region, 0 for normal ones
 
-def _auroc(hits: Tensor, alarms: Tensor) -> float:
-    zero = hits.new_zeros(1)
-    return (torch.trapezoid(torch.cat((zero, hits)), torch.cat((zero, alarms))) / (hits[-1] * alarms[-1])).item()
+    def add(self, scores: Tensor, regions: Tensor) -> "Ranking":
+        """Scores and, in the same shape, the region of each: 0 = normal, else one of this call's regions 1, 2, ..."""
+        bits = (scores.float().flatten() + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+        bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # below 0, a larger integer is a smaller float
+        if scores.isnan().any():
+            raise InputError("scores are NaN: the weights are damaged or the training diverged; train again")
+        regions = regions.flatten().long()
+        numbers = torch.where(regions > 0, regions + len(self.sizes) - 1, 0)
+        self.keys[self.used : self.used + len(bits)] = bits << 32 | numbers
+        self.used += len(bits)
+        self.sizes = torch.cat((self.sizes, regions.bincount(minlength=1)[1:]))
+        return self
 
+    def metrics(self, limit: float = 0.3) -> dict[str, float]:
+        """{} without both kinds of samples; else, with thresholds at every distinct score,
 
-def _average_precision(hits: Tensor, alarms: Tensor) -> float:
-    return (torch.diff(hits, prepend=hits.new_zeros(1)) * hits / (hits + alarms)).sum().div(hits[-1]).item()
-
-
-def _best_f1(hits: Tensor, alarms: Tensor) -> float:
-    return (2 * hits / (hits + alarms + hits[-1])).max().item()
-
-
-def _overlap(masks: Tensor) -> Tensor:
-    """What finding a pixel adds to the mean overlap: 1 / (regions * its region's pixels), 0 for normal ones."""
-    regions = connected_components(masks)
-    share = regions.flatten().bincount(minlength=1).double()
-    share[1:] *= len(share) - 1
-    share = 1 / share
-    share[0] = 0
-    return share[regions]
-
-
-def _aupro(alarms: Tensor, overlap: Tensor, limit: float) -> float:
-    zero = overlap.new_zeros(1)
-    rate, overlap = torch.cat((zero, alarms / alarms[-1])), torch.cat((zero, overlap))
-    inside = int((rate <= limit).sum())
-    if inside < len(rate):  # end at the limit, on the line to the first point beyond
-        part = (limit - rate[inside - 1]) / (rate[inside] - rate[inside - 1])
-        end = torch.lerp(overlap[inside - 1], overlap[inside], part)
-        rate, overlap = torch.cat((rate[:inside], zero + limit)), torch.cat((overlap[:inside], zero + end))
-    return (torch.trapezoid(overlap, rate) / limit).item()
-
-
-def auroc(scores: Tensor, labels: Tensor) -> float | None:
-    """The probability that an anomalous sample scores above a normal one, ties half; None without both kinds."""
-    curve = _curve(scores, labels)
-    return curve and _auroc(*curve)
-
-
-def average_precision(scores: Tensor, labels: Tensor) -> float | None:
-    """The sum over distinct thresholds n of (R_n - R_{n-1}) * P_n, recall and precision; None without both kinds."""
-    curve = _curve(scores, labels)
-    return curve and _average_precision(*curve)
-
-
-def best_f1(scores: Tensor, labels: Tensor) -> float | None:
-    """The largest F1 = 2 PR / (P + R) over all thresholds; None without both kinds."""
-    curve = _curve(scores, labels)
-    return curve and _best_f1(*curve)
-
-
-def aupro(maps: Tensor, masks: Tensor, limit: float = 0.3) -> float | None:
-    """Area under the per-region overlap (the share of each 8-connected anomalous region found, averaged) against
-    the false positive rate of normal pixels, from 0 to `limit`, over `limit`, as MVTec's evaluation script has it. Both
-    are (N, H, W); None without both kinds of pixels."""
-    curve = _curve(maps, masks, _overlap(masks))
-    return curve and _aupro(*curve[1:], limit)
-
-
-def metrics(
-    scores: Tensor, labels: Tensor, maps: Tensor | None = None, masks: Tensor | None = None
-) -> dict[str, float]:
-    """What can be had of image_auroc, image_ap, image_f1 from scores and labels (N,), and of pixel_auroc, pixel_ap,
-    pixel_aupro from maps and masks (M, H, W), those of the images in `Category.has_truth`."""
-    values = {}
-    if curve := _curve(scores, labels):
-        values |= {"image_auroc": _auroc(*curve), "image_ap": _average_precision(*curve)}
-        values |= {"image_f1": _best_f1(*curve)}
-    if maps is not None and (curve := _curve(maps, masks, _overlap(masks))):
-        hits, alarms, overlap = curve
-        values |= {"pixel_auroc": _auroc(hits, alarms), "pixel_ap": _average_precision(hits, alarms)}
-        values |= {"pixel_aupro": _aupro(alarms, overlap, 0.3)}
-    return values
+        auroc: the probability that an anomalous sample scores above a normal one, ties half
+        ap: the sum over thresholds n, from the highest down, of (R_n - R_{n-1}) * P_n, recall and precision
+        f1: the largest 2 P R / (P + R)
+        aupro: the area under the mean over regions of the share found, against the false positive rate from 0 to
+            `limit`, over `limit`, as MVTec's evaluation script has it
+        """
+        positives = int(self.sizes.sum())
+        negatives = self.used - 1 - positives
+        if not positives or not negatives:
+            return {}
+        share = 1 / (self.sizes.double() * (self.sizes > 0).sum())  # of the mean overlap, found with each sample
+        share[self.sizes == 0] = 0
+        self.keys[: self.used].numpy().sort()
+        sums = point = torch.zeros(3, 1, dtype=torch.float64)  # hits, alarms, overlap: so far, and at the last threshold
+        auroc = ap = f1 = aupro = 0.0
+        for end in range(self.used, 1, -self.slice_size):
+            start = max(1, end - self.slice_size)
+            keys, below = self.keys[start:end].flip(0), self.keys[start - 1 : end - 1].flip(0)
+            region = keys & 0xFFFFFFFF
+            found = torch.stack((region > 0, region == 0, share[region]))
+            sums = sums[:, -1:] + found.cumsum(1)
+            curve = torch.cat((point, sums[:, keys >> 32 != below >> 32]), 1)
+            point, (hits, alarms, overlap), rate = curve[:, -1:], curve, curve[1] / negatives
+            auroc += torch.trapezoid(hits, rate).item() / positives
+            ap += (hits.diff() * hits[1:] / (hits + alarms)[1:]).sum().item() / positives
+            f1 = max(f1, (2 * hits / (hits + alarms + positives)).max().item())
+            overlap = overlap.where(rate <= limit, float(np.interp(limit, rate, overlap)))  # no area beyond the limit
+            aupro += torch.trapezoid(overlap, rate.clamp(max=limit)).item() / limit
+        return {"auroc": auroc, "ap": ap, "f1": f1, "aupro": aupro}
 
 
 # --- Pictures and files -----------------------------------------------------------------------------------------------

@@ -771,12 +771,17 @@ def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict,
 
 
 def measure(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Batch by batch: scores and maps are kept, images are not; threads draw while the network goes on."""
-    scores, maps, truths, shown, at, top = [], [], [], [], 0, color_top(model)
+    """Batch by batch: scores are kept, images and maps are not; threads draw while the network goes on."""
+    ranked, shown, at, top = common.Ranking(len(category.test)), [], 0, color_top(model)
+    pixels = common.Ranking(category.has_truth.count(True) * args.size ** 2)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for images, masks, _ in stream(category.test, args, category.masks):
             parts, jobs = predict_batch(model, images, args), []
-            scores.append(parts.pop("score"))
+            score = parts.pop("score")
+            ranked.add(score, torch.tensor(category.labels[at:at + len(images)]))
+            if parts:
+                known = torch.tensor(category.has_truth[at:at + len(images)])
+                pixels.add(parts["anomaly_map"][known], common.connected_components(masks[known, 0]))
             for i in range(len(images) if parts else 0):
                 path, defect, truth = category.test[at + i], category.defects[at + i], category.has_truth[at + i]
                 own = {name: part[i] for name, part in parts.items()}
@@ -787,18 +792,16 @@ def measure(model: nn.Module, category: Category, folder: Path, args: argparse.N
                     tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name.with_suffix('')}.tiff"
                     jobs.append(pool.submit(save_map, tiff, path, own["anomaly_map"]))
                 if [other for other, *_ in shown].count(defect) < 2 and truth and len(shown) < 16:
-                    shown.append((defect, f"{defect}\n{scores[-1][i]:.3f}", strip, headings))
-                if truth:
-                    maps.append(own["anomaly_map"])
-                    truths.append(masks[i, 0])
+                    shown.append((defect, f"{defect}\n{score[i]:.3f}", strip, headings))
             at += len(images)
             for job in jobs:
                 job.result()
     if shown:
         _, captions, strips, headings = zip(*shown)
         write_image(folder / "summary.png", common.sheet(strips, captions, headings[0]))
-    pixels = (torch.stack(maps), torch.stack(truths)) if maps else ()
-    return common.metrics(torch.cat(scores), torch.tensor(category.labels), *pixels)
+    image, pixel = ranked.metrics(), pixels.metrics()
+    return ({f"image_{name}": image[name] for name in ("auroc", "ap", "f1") if image}
+            | {f"pixel_{name}": pixel[name] for name in ("auroc", "ap", "aupro") if pixel})
 
 
 def predict(args: argparse.Namespace) -> int:

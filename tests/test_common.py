@@ -499,65 +499,68 @@ def brute_aupro(maps, masks, limit):
     return area / limit
 
 
+def ranked(scores, regions, limit=0.3, slice_size=2**20):
+    scores, regions = torch.as_tensor(scores), torch.as_tensor(regions)
+    return common.Ranking(scores.numel(), slice_size).add(scores, regions).metrics(limit)
+
+
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-def test_ranking_metrics(levels, share):
+@pytest.mark.parametrize("slice_size", [1, 7, 2**20])
+def test_ranking_metrics(levels, share, slice_size):
+    """Ties, also across the ends of slices, negative scores, both zeros."""
     for count in (2, 3, 40, 200):
-        scores, labels = rng.integers(0, levels, count) / levels - 0.3, rng.random(count) < share
+        scores, labels = np.float32(rng.integers(0, levels, count) / levels - 0.4), rng.random(count) < share
+        scores[scores == 0] *= rng.choice((1, -1))
         labels[:2] = True, False
-        arguments = torch.tensor(scores), torch.tensor(labels)
-        assert common.auroc(*arguments) == pytest.approx(brute_auroc(scores, labels), abs=1e-9)
-        assert common.average_precision(*arguments) == pytest.approx(brute_ap(scores, labels), abs=1e-9)
-        assert common.best_f1(*arguments) == pytest.approx(brute_f1(scores, labels), abs=1e-9)
+        found = ranked(scores, labels, slice_size=slice_size)
+        assert found["auroc"] == pytest.approx(brute_auroc(scores, labels), abs=1e-9)
+        assert found["ap"] == pytest.approx(brute_ap(scores, labels), abs=1e-9)
+        assert found["f1"] == pytest.approx(brute_f1(scores, labels), abs=1e-9)
 
 
 @pytest.mark.parametrize("levels", [1, 4, 10**6])
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
-def test_aupro(levels, limit):
+@pytest.mark.parametrize("slice_size", [1, 50, 2**20])
+def test_aupro(levels, limit, slice_size):
+    """As evaluation has it, in two parts whose regions are numbered apart."""
     for density in (0.02, 0.2, 0.7):
         masks = rng.random((3, 12, 10)) < density
         masks[0, 3:5, 4:8] = True
-        maps = np.floor((rng.random(masks.shape) + masks * 0.6) * levels) / levels
-        found = common.aupro(torch.tensor(maps), torch.tensor(masks), limit)
-        assert found == pytest.approx(brute_aupro(maps, masks, limit), abs=1e-9)
+        maps = np.float32(np.floor((rng.random(masks.shape) + masks * 0.6) * levels) / levels)
+        ranking = common.Ranking(masks.size, slice_size)
+        for part in (slice(0, 1), slice(1, 3)):
+            ranking.add(torch.tensor(maps[part]), common.connected_components(torch.tensor(masks[part])))
+        assert ranking.metrics(limit)["aupro"] == pytest.approx(brute_aupro(maps, masks, limit), abs=1e-9)
 
 
 def test_perfect_and_useless_maps():
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, 2:4, 2:4] = True
-    assert common.aupro(masks.float(), masks) == 1
-    assert common.aupro(torch.zeros(2, 8, 8), masks) == pytest.approx(0.15)  # the diagonal, to 0.3
-    assert common.auroc([0.1, 0.9], [False, True]) == 1 and common.auroc([1, 1, 1], [0, 1, 0]) == 0.5
+    assert ranked(masks.float(), masks)["aupro"] == pytest.approx(1, abs=1e-12)
+    assert ranked(torch.zeros(2, 8, 8), masks)["aupro"] == pytest.approx(0.15)  # the diagonal, to 0.3
+    assert ranked([0.1, 0.9], [False, True])["auroc"] == 1 and ranked([1, 1, 1], [0, 1, 0])["auroc"] == 0.5
 
 
 def test_absent_metrics():
-    scores, maps, masks = torch.rand(4), torch.rand(4, 6, 6), torch.zeros(4, 6, 6)
-    both, one = torch.tensor([0, 1, 0, 1]), torch.ones(4)
-    image = {"image_auroc", "image_ap", "image_f1"}
-    pixel = {"pixel_auroc", "pixel_ap", "pixel_aupro"}
-    assert common.metrics(scores, both).keys() == image
-    assert common.metrics(scores, both, maps, masks).keys() == image
-    assert common.metrics(scores, one, maps, masks + 1) == {} == common.metrics(scores, 1 - one)
-    assert common.metrics(torch.rand(0), torch.rand(0), maps[:0], masks[:0]) == {}
-    masks[1, 2:4, 3] = 1
-    values = common.metrics(scores, both, maps, masks)
-    assert values.keys() == image | pixel and all(type(value) is float and 0 <= value <= 1 for value in values.values())
-    assert values["pixel_auroc"] == common.auroc(maps, masks)
-    assert values["pixel_ap"] == common.average_precision(maps, masks)
-    assert values["pixel_aupro"] == common.aupro(maps, masks.bool())
-    assert common.metrics(scores, one, maps, masks).keys() == pixel
+    scores = torch.rand(4)
+    found = ranked(scores, [0, 1, 0, 1])
+    assert found.keys() == {"auroc", "ap", "f1", "aupro"}
+    assert all(type(value) is float and 0 <= value <= 1 for value in found.values())
+    assert ranked(scores, torch.ones(4)) == {} == ranked(scores, torch.zeros(4)) == common.Ranking(0).metrics()
     with pytest.raises(InputError, match="NaN"):
-        common.metrics(scores * float("nan"), both)
+        ranked(scores * float("nan"), torch.ones(4))
 
 
 def test_a_million_scores_in_closed_form():
     """One anomalous score on top, all others tied: positives times negatives is far beyond what float32 can count."""
-    labels = torch.arange(10**6 + 1) % 4 == 0
+    labels = torch.arange(3 * 10**6 + 1) % 4 == 0
     scores, positives = torch.zeros(len(labels)), int(labels.sum())
     scores[0] = 1
-    assert common.auroc(scores, labels) == pytest.approx((1 + (positives - 1) / 2) / positives, abs=1e-12)
+    found = ranked(scores, labels)
+    assert found["auroc"] == pytest.approx((1 + (positives - 1) / 2) / positives, abs=1e-12)
     expected = (1 + (positives - 1) * positives / len(labels)) / positives
-    assert common.average_precision(scores, labels) == pytest.approx(expected, abs=1e-12)
+    assert found["ap"] == pytest.approx(expected, abs=1e-12)
 
 
 def spiral(size):
