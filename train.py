@@ -23,7 +23,7 @@ import traceback
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, TextIO
 
@@ -52,6 +52,10 @@ TOY = {"draem": dict(size=64, width=32, steps=800),
                    steps=1000, upsampling_steps=300),
        "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
+# What --compile compiles: networks that are one graph each. A codebook's draws and searches are left as they are.
+COMPILED = (draem.ReconstructiveSubNetwork, draem.DiscriminativeSubNetwork, dsr.EncoderBot, dsr.EncoderTop,
+            dsr.DecoderBot, dsr.SubspaceRestrictionModule, dsr.ImageReconstructionNetwork, dsr.AnomalyDetectionModule,
+            dfm.ResNet)
 TOY_IMAGES = Path("data/toy/train/good")  # stage 1 of DSR learns from them where neither --data nor --pretrain is given
 RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
 
@@ -107,7 +111,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="of the networks; auto: bf16 on hardware that has it, a GPU or a CPU with AVX512-BF16 or AMX, but for dfm")
-    add("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster steps")
+    add("--compile", action="store_true", help="torch.compile the networks, for a GPU: a slow start, then faster steps")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
     add("--save-minutes", type=number(float, 0, 10 ** 6), default=10, metavar="M",
         help="between checkpoints; default: %(default)s")
@@ -226,8 +230,9 @@ def to_network(image: Tensor, args: argparse.Namespace) -> Tensor:
 def to_device(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     model = model.to(args.device, memory_format=torch.channels_last)
     if args.compile:
-        for network in model.children():
-            network.compile()
+        for network in model.modules():
+            if isinstance(network, COMPILED):
+                network.compile()
     return model
 
 
@@ -401,7 +406,10 @@ def noted_signals() -> Iterator[list[int]]:
 
 @dataclass
 class Stage:
-    """One training by gradient: losses(*synthesize(generator)) are the terms, all their randomness the generator's."""
+    """One training by gradient: losses(*synthesize(generator)) are the terms, all their randomness the generator's.
+
+    A term without a gradient is not trained on but logged.
+    """
     name: str
     synthesize: Callable[[torch.Generator], tuple]
     losses: Callable[..., dict[str, Tensor]]
@@ -411,7 +419,6 @@ class Stage:
     batch: int
     lr: float
     drops: tuple[int, ...] = ()  # steps after which the learning rate is a tenth
-    gauges: dict[str, Tensor] = field(default_factory=dict)  # what `losses` wants logged beside its terms
 
 
 def new_optimizer(stage: Stage) -> torch.optim.Optimizer:
@@ -422,9 +429,9 @@ def advance(stage: Stage, optimizer: torch.optim.Optimizer, generator: torch.Gen
     """One training step. Nothing in it makes the host wait for the device."""
     terms = stage.losses(*stage.synthesize(generator))
     optimizer.zero_grad(set_to_none=True)
-    sum(terms.values()).backward()
+    sum(value for value in terms.values() if value.requires_grad).backward()
     optimizer.step()
-    return {name: value.detach() for name, value in (terms | stage.gauges).items()}
+    return {name: value.detach() for name, value in terms.items()}
 
 
 def reseed(generator: torch.Generator, seed: int, stage: str, step: int) -> torch.Generator:
@@ -595,8 +602,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
         def losses(image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
             with autocast(args):
                 reconstruction, commitment, perplexity = network(image, generator)
-            stage.gauges = {"perplexity_lo": perplexity[0], "perplexity_hi": perplexity[1]}
-            return dsr.codebook_loss(image, reconstruction, commitment)
+            return dsr.codebook_loss(image, reconstruction, commitment) | {
+                "perplexity_lo": perplexity[0], "perplexity_hi": perplexity[1]}
 
         stage = Stage("codebook", lambda generator: (to_network(next(batches), args), generator), losses,
                       lambda: model.train_stage(1), "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr)
@@ -683,17 +690,32 @@ def new_dfm(args: argparse.Namespace) -> dfm.DFMModel:
                               args.score), args).eval()
 
 
-def fit_dfm(model: dfm.DFMModel, category: Category, args: argparse.Namespace, labels: Tensor | None = None) -> None:
-    """No gradients: the features stream through once, and PCA and Gaussian are fitted in closed form."""
-    features, start = [], time.monotonic()
-    for image, _, _ in stream(category.train, args):
+def run_dfm(categories: list[Category], folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Fits one DFM, class-conditional if there are several categories, and evaluates it on each.
+
+    No gradients: the features stream through once, and PCA and Gaussian are fitted in closed form.
+    """
+    begun, features, identity, results = time.monotonic(), [], describe(args, "dfm"), {}
+    torch.manual_seed(args.seed)  # weights, if random
+    model = new_dfm(args)
+    paths = [path for category in categories for path in category.train]
+    labels = [number for number, category in enumerate(categories) for _ in category.train]
+    start = time.monotonic()
+    for image, _, _ in stream(paths, args):
         with autocast(args):
             features.append(mendable(model.features, to_network(image, args)))
     streamed = time.monotonic()
-    mendable(model.fit, torch.cat(features), labels)
+    mendable(model.fit, torch.cat(features), torch.tensor(labels))
     components = " + ".join(str(len(pca.components)) for pca in model.pca)
-    print(f"{category.name}: {len(category.train)} images, {components} components of {features[0][0].numel()} values; "
+    print(f"{folder.name}: {len(paths)} images, {components} components of {features[0][0].numel()} values; "
           f"{streamed - start:.1f} s for features, {time.monotonic() - streamed:.1f} s for the fit")
+    with Run(folder, identity, args.resume) as run:
+        run.save("fit", 0, model, ended=True)
+        for category in categories:
+            own = folder / category.name if args.joint else folder
+            own.mkdir(exist_ok=True)
+            results[category.name] = evaluate(model, category, own, identity, begun, args)
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -873,15 +895,10 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
             "method": args.method, "seed": trained.get("seed", args.seed)}
         folder.mkdir(parents=True, exist_ok=True)
         return evaluate(model, category, folder, identity, begun, args)
+    if args.method == "dfm":
+        return run_dfm([category], folder, args)[category.name]
     identity = describe(args, args.method)
     torch.manual_seed(args.seed)  # initial weights
-    begun = time.monotonic()
-    if args.method == "dfm":
-        model = new_dfm(args)
-        fit_dfm(model, category, args)
-        with Run(folder, identity, args.resume) as run:
-            run.save("fit", 0, model, ended=True)
-            return evaluate(model, category, folder, identity, begun, args)
     model, stages = PREPARE[args.method](category, args)  # reads everything before anything is written
     with Run(folder, identity, args.resume) as run:
         if run.checkpoint:
@@ -891,22 +908,6 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
         for stage in stages:
             fit(run, model, stages, stage, args)
         return evaluate(model, category, folder, identity, run.begun, args)
-
-
-def run_joint(categories: list[Category], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """One class-conditional DFM over all categories, evaluated on each."""
-    everything = Category("joint", args.data, [path for category in categories for path in category.train])
-    labels = torch.cat([torch.full((len(category.train),), i) for i, category in enumerate(categories)])
-    begun, folder, identity = time.monotonic(), args.out / "dfm" / "joint", describe(args, "dfm")
-    torch.manual_seed(args.seed)
-    model, results = new_dfm(args), {}
-    fit_dfm(model, everything, args, labels)
-    with Run(folder, identity, args.resume) as run:
-        run.save("fit", 0, model, ended=True)
-        for category in categories:
-            (folder / category.name).mkdir(exist_ok=True)
-            results[category.name] = evaluate(model, category, folder / category.name, identity, begun, args)
-    return results
 
 
 def bench(category: Category, args: argparse.Namespace) -> int:
@@ -985,7 +986,7 @@ def run_all(args: argparse.Namespace) -> int:
     if args.bench:
         return bench(categories[0], args)
     if args.method == "dfm" and args.joint and not args.checkpoint:
-        print_table(run_joint(categories, args))
+        print_table(run_dfm(categories, args.out / "dfm" / "joint", args))
         return 0
     results, failures = {}, {}
     for category in share_out(categories):

@@ -155,6 +155,29 @@ def test_exports_with_a_dynamic_batch():
 # The quantizer.
 
 
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnGPU])
+def test_in_pieces_or_at_once_the_same(kind):
+    """The search against all distances, the last piece a part; normalization and its gradient against its formula."""
+    quantizer = quantizer_with(torch.randn(50, 4, generator=seeded(1)))
+    features = torch.randn(2, 4, 20, 30, generator=seeded(2))
+    slow = torch.cdist(features.movedim(1, -1).double(), quantizer.embedding.weight.double()).argmin(-1)
+    assert torch.equal(quantizer.nearest(features.as_subclass(kind)).as_subclass(torch.Tensor), slow)
+
+    x = (3 * torch.randn(3, 5, 8, 6, generator=seeded(3)) + 2).requires_grad_()
+    weight = torch.randn(x.shape, generator=seeded(4))
+    centred = x - x.mean((2, 3), keepdim=True)
+    slow = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+    found = dsr.InstanceNorm()(x.as_subclass(kind)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(found, slow, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(*(torch.autograd.grad((y * weight).sum(), x) for y in (found, slow))):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
 def quantizer_with(codes: torch.Tensor) -> VectorQuantizer:
     quantizer = VectorQuantizer(*codes.shape)
     for tensor, value in ((quantizer.embedding.weight, codes), (quantizer.ema_w, 4 * codes)):

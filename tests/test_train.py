@@ -519,6 +519,27 @@ def test_ranks_without_a_launcher_are_one_line(data):
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize("argv", [[*DRAEM, "--sspcab", "--steps", 3], [*DSR, "--pretrain", "DATA/train"], DFM],
+                         ids=lambda argv: argv[0])
+def test_compiled_networks_are_whole_graphs_and_change_nothing(argv, data, command, monkeypatch):
+    """The graphs are run as they were captured, which needs no C++ compiler; one that breaks is an error."""
+    compiled = []
+
+    def capture(module):
+        compiled.append(type(module))
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", capture)
+    argv = [str(arg).replace("DATA", str(data)) for arg in argv]
+    assert command(*argv, "--data", data, "--out", "eager")[0] == 0 and not compiled
+    assert command(*argv, "--data", data, "--out", "whole", "--compile")[0] == 0
+    assert compiled and all(issubclass(kind, train.COMPILED) for kind in compiled)
+    assert MEANS <= set(metrics_of(Path("whole", argv[0], "weave")))
+    for log in Path("eager").rglob("log.jsonl"):  # DFM has none
+        for one, other in zip(log_rows(log.parent), log_rows(Path("whole", *log.parent.parts[1:])), strict=True):
+            assert other.pop("stage") == one.pop("stage") and other == pytest.approx(one, rel=0.02)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
