@@ -143,15 +143,20 @@ def _refuse(error: OSError) -> None:
 
 
 def _images(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(parent)  # a link back to a folder above would never end
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
+        if real in seen:
+            continue
+        seen.add(real)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)  # which passes Thumbs.db over, too
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The folder's images and its subfolders', sorted, without dot-files and dot-folders; a file gives itself."""
+    """The folder's images and its subfolders', sorted, without dot-files and dot-folders; a file gives itself. Folders
+    that are links are followed, each once."""
     folder = Path(folder)
     if not os.path.lexists(folder):  # os.path's never raise, as Path's do on names too long or folders forbidden
         raise InputError(f"{folder}: no such file or folder; check the path")

@@ -300,6 +300,13 @@ def test_list_images(tmp_path):
     (tmp_path / "x.png").mkdir()
     assert common.list_images(tmp_path) == [tmp_path / name for name in ("a/c.JpG", "b.PNG", "z.tiff")]
     assert common.list_images(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    for link, target in (("a/back", tmp_path), ("one", tmp_path / "a"), ("gone", "nowhere")):
+        (tmp_path / link).symlink_to(target)
+    assert len(common.list_images(tmp_path)) == 3  # each once, and there is an end
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/link").symlink_to(tmp_path / "a")
+    assert common.list_images(tmp_path / "far") == [
+        tmp_path / "far/link" / name for name in ("back/b.PNG", "back/z.tiff", "c.JpG")]
     for path, words in ((tmp_path / "x.png", "no images.*png"), (tmp_path / "nowhere", "no such")):
         with pytest.raises(InputError, match=f"{path.name}.*{words}"):
             common.list_images(path)
