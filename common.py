@@ -38,6 +38,13 @@ class InputError(Exception):
         super().__init__(" ".join(message.encode("utf-8", "backslashreplace").decode().splitlines()))
 
 
+def cores() -> int:
+    """Processors that this process may use, less the share of other ranks on the same machine."""
+    known = hasattr(os, "sched_getaffinity")  # which Windows and macOS lack
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 # --- Reading images ---------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +128,7 @@ def decode(paths: Sequence[Path], size: int, name: str) -> Tensor:
     def load(index: int) -> None:
         array[index] = read_image(paths[index], size).numpy()  # numpy: each thread would start torch's own threads
 
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(cores())
     try:
         for done, _ in enumerate(pool.map(load, range(len(paths))), 1):
             if sys.stderr.isatty() and time.monotonic() - shown > 0.1:
@@ -270,7 +277,7 @@ class Ranking:
     def __init__(self, count: int, slice_size: int = 2**20):
         self.keys, self.used, self.slice_size = torch.empty(count + 1, dtype=torch.int64), 1, slice_size
         self.keys[0] = torch.iinfo(torch.int64).min  # below every score
-        self.sizes = torch.zeros(1, dtype=torch.int64)  # samples of each region, 0 for normal ones
+        self.sizes, self.regions = [torch.zeros(1, dtype=torch.int64)], 0  # samples of each region, 0 for normal ones
 
     def add(self, scores: Tensor, regions: Tensor) -> "Ranking":
         """Scores and, in the same shape, the region of each: 0 = normal, else one of this call's regions 1, 2, ..."""
@@ -279,10 +286,11 @@ class Ranking:
         if scores.isnan().any():
             raise InputError("scores are NaN: the weights are damaged or the training diverged; train again")
         regions = regions.flatten().long()
-        numbers = torch.where(regions > 0, regions + len(self.sizes) - 1, 0)
+        numbers = torch.where(regions > 0, regions + self.regions, 0)
         self.keys[self.used : self.used + len(bits)] = bits << 32 | numbers
         self.used += len(bits)
-        self.sizes = torch.cat((self.sizes, regions.bincount(minlength=1)[1:]))
+        self.sizes.append(regions.bincount(minlength=1)[1:])
+        self.regions += len(self.sizes[-1])
         return self
 
     def metrics(self, limit: float = 0.3) -> dict[str, float]:
@@ -294,12 +302,13 @@ class Ranking:
         aupro: the area under the mean over regions of the share found, against the false positive rate from 0 to
             `limit`, over `limit`, as MVTec's evaluation script has it
         """
-        positives = int(self.sizes.sum())
+        sizes = torch.cat(self.sizes)
+        positives = int(sizes.sum())
         negatives = self.used - 1 - positives
         if not positives or not negatives:
             return {}
-        share = 1 / (self.sizes.double() * (self.sizes > 0).sum())  # of the mean overlap, found with each sample
-        share[self.sizes == 0] = 0
+        share = 1 / (sizes.double() * (sizes > 0).sum())  # of the mean overlap, found with each sample
+        share[sizes == 0] = 0
         self.keys[: self.used].numpy().sort()
         sums = point = torch.zeros(3, 1, dtype=torch.float64)  # hits, alarms, overlap: so far, and at the last threshold
         auroc = ap = f1 = aupro = 0.0

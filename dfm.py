@@ -20,6 +20,7 @@ Notation (n samples; d = C * h * w values each; k directions kept)
     T       components          (k, d)          orthonormal rows; T (f - mu) reduces, T^t (.) + mu is the pre-image
     s       singular_values     (k,)            of the centred features
     S       deviation           (k,)            s / sqrt(n): standard deviation along each direction
+    U^t     components          (k, d)          likewise, of a Gaussian: all directions that vary
     C       -                   (d, d)          covariance = U S^2 U^t, never built
     -       grid                (n, h, w)       squared feature error summed over channels
 """
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 
 
 def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """features - mean = U diag(singular_values) axes, in float64, without the null directions.
+    """features - mean = left diag(singular_values) axes, in float64, without the null directions.
 
     features (n, ...) -> mean (...), singular values (r,) falling, axes (r, d) orthonormal; ValueError where r is 0.
 
@@ -275,7 +276,7 @@ class DFMModel(nn.Module):
 
     @torch.no_grad()
     def features(self, image: Tensor) -> Tensor:
-        """image (N, 3, H, W), RGB in [0, 1] -> pooled features (N, C, h, w), float32 under any autocast."""
+        """image (N, 3, H, W), RGB in [0, 1] -> pooled features (N, C, h, w), returned in float32."""
         x = self.backbone((image - self.image_mean) / self.image_std).float()
         if self.layer == "avgpool":
             return x
@@ -386,7 +387,7 @@ def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
 
 
 def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
-    """Reads torchvision's state dict from a file, or downloads and caches it (path None; its hash is checked).
+    """Reads torchvision's state dict from a file, or from torch.hub's cache or, its hash checked, the network.
 
     The model is trimmed: entries after its layer may be missing and are left out, and so may num_batches_tracked.
     ValueError, in one line, names the first few entries that are missing, unknown, of another shape or not finite.
@@ -400,9 +401,8 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
                              "(--weights FILE), random weights (--weights random), or a network") from None
     else:
         state = read_weights(path)
-    whole = model.state_dict()
-    own = model.trim().state_dict()
-    state = {key: value for key, value in state.items() if key in own or key not in whole}
+    own, later = model.trim().state_dict(), {*LAYERS, "fc"} - {*model.layers}
+    state = {key: value for key, value in state.items() if str(key).split(".")[0] not in later}
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
     set_weights(model, counters | state, path)
     return model

@@ -96,7 +96,7 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-degrees: the paper's angle (the code's is 90), the code's share."""
+    """Turn a share of the normal images by up to +-degrees: DRAEM's angle (its code has 90), and its code's share."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
@@ -440,19 +440,21 @@ class DraemModel(nn.Module):
         return reconstruction, logits
 
     @torch.no_grad()
-    def predict_parts(self, image: Tensor, window: int = 21) -> dict[str, Tensor]:
+    def predict_parts(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
         """Eq. (5): eta = max(M_o * f_sf): score (N,), the maximum of the window x window mean of anomaly_map (N, H, W).
 
-        The code's window is 21 at 256 x 256, padded with zeros (test_DRAEM.py:105). The reconstruction comes along.
+        The window, an odd number, is the code's 21 at 256 x 256, padded with zeros (test_DRAEM.py:105), and in
+        proportion at other sizes. The reconstruction comes along.
         """
         if self.training:
             raise RuntimeError("predict needs the statistics learned in training: call model.eval() first")
         reconstruction, logits = self(image)
         anomaly_map = logits.float().softmax(1)[:, 1]
+        window = window or round(21 * min(image.shape[2:]) / 256) // 2 * 2 + 1
         score = F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
         return {"score": score, "anomaly_map": anomaly_map, "reconstruction": reconstruction}
 
-    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+    def predict(self, image: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
         parts = self.predict_parts(image, window)
         return parts["score"], parts["anomaly_map"]

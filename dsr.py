@@ -112,7 +112,7 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 # Copied from draem.rotate_normals
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-degrees: the paper's angle (the code's is 90), the code's share."""
+    """Turn a share of the normal images by up to +-degrees: DRAEM's angle (its code has 90), and its code's share."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
@@ -445,7 +445,7 @@ class InstanceNorm(nn.Module):
     """(x - mean) / sqrt(variance + 1e-5) over each sample's channel, in every mode; no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if eager_on_cpu(x):  # batch norm of one sample: a third of the time, for no copy to planes and back is made
+        if eager_on_cpu(x):  # batch norm of one sample, in a third of the time: PyTorch's copies to planes and back
             return torch.cat([F.batch_norm(sample, None, None, training=True) for sample in x.split(1)])
         return F.instance_norm(x)
 
@@ -666,21 +666,22 @@ class DsrModel(nn.Module):
         return general, specific, coarse, logits
 
     @torch.no_grad()
-    def predict_parts(self, image: Tensor, window: int = 21) -> dict[str, Tensor]:
+    def predict_parts(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
         """score (N,): the maximum of the window x window mean of coarse_mask; anomaly_map; both (N, H, W) in [0, 1].
 
-        The code's window is 21 at 256 x 256, padded with zeros, on the mask before upsampling. general and specific,
-        the images that are compared, come along.
+        The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, on the mask before upsampling, and
+        in proportion at other sizes. general and specific, the images that are compared, come along.
         """
         if self.training:
             raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
         general, specific, coarse, logits = self(image)
         coarse, anomaly_map = coarse.float().softmax(1)[:, 1], logits.float().softmax(1)[:, 1]
+        window = window or round(21 * min(image.shape[2:]) / 256) // 2 * 2 + 1
         score = F.avg_pool2d(coarse[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
         return {"score": score, "anomaly_map": anomaly_map, "general": general, "specific": specific,
                 "coarse_mask": coarse}
 
-    def predict(self, image: Tensor, window: int = 21) -> tuple[Tensor, Tensor]:
+    def predict(self, image: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
         parts = self.predict_parts(image, window)
         return parts["score"], parts["anomaly_map"]
@@ -769,7 +770,7 @@ def model_for(state: dict, latent_anomaly_strength: float = 0.2, base_width: int
 
 
 def fetch_codebook() -> Path:
-    """The published codebook's zip, its hash checked, from torch.hub's cache or the network. ValueError in one line."""
+    """The published codebook's zip from torch.hub's cache or, its hash checked, the network. ValueError in one line."""
     path = Path(torch.hub.get_dir(), "checkpoints", CODEBOOK_URL.rsplit("/", 1)[1])
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

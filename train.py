@@ -7,11 +7,14 @@
     python train.py draem --checkpoint runs/draem/bottle/last.pt --predict part.png photos/
 
 A run leaves in runs/METHOD/CATEGORY: last.pt, log.jsonl, metrics.json, maps/ and summary.png.
+
+The calls, from the top: main, run_all, run_category, prepare_draem or prepare_dsr, fit, evaluate.
 """
 import argparse
 import contextlib
 import ctypes
 import datetime
+import functools
 import json
 import math
 import os
@@ -22,6 +25,7 @@ import time
 import traceback
 import zipfile
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +60,6 @@ LOG_EVERY = 50  # steps
 COMPILED = (draem.ReconstructiveSubNetwork, draem.DiscriminativeSubNetwork, dsr.EncoderBot, dsr.EncoderTop,
             dsr.DecoderBot, dsr.SubspaceRestrictionModule, dsr.ImageReconstructionNetwork, dsr.AnomalyDetectionModule,
             dfm.ResNet)
-TOY_IMAGES = Path("data/toy/train/good")  # stage 1 of DSR learns from them where neither --data nor --pretrain is given
 RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
 
 
@@ -147,7 +150,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     add("--upsampling-steps", type=count, default=20_000, help="of stage 3; default: %(default)s")
     add("--lr", type=rate, default=2e-4, help="learning rate; default: %(default)s")
     add("--hiddens", type=wide, default=128, help="width of stage 1's networks and of a code; default: %(default)s")
-    add("--codes", type=number(int, 21, 2 ** 16), default=4096, help="in each codebook; default: %(default)s")
+    add("--codes", type=number(int, 21, 2 ** 14), default=4096, help="in each codebook; default: %(default)s")
     add("--width", type=wide, default=64, help="of the detection and upsampling modules; default: %(default)s")
 
     add = methods.add_parser("dfm", parents=[shared], help="2019: pretrained features, PCA, a Gaussian").add_argument
@@ -419,6 +422,7 @@ class Stage:
     batch: int
     lr: float
     drops: tuple[int, ...] = ()  # steps after which the learning rate is a tenth
+    shared: bool = False  # by all ranks, which train one model
 
 
 def new_optimizer(stage: Stage) -> torch.optim.Optimizer:
@@ -488,6 +492,10 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
             now = time.monotonic()
             log = done % LOG_EVERY == 0 or done in (1, 5, 20, stage.steps)
             stop = bool(received)  # looked at once: a signal from here on stops the next step, which saves
+            if stage.shared and WORLD > 1:  # a signal reaches ranks a step apart, and one alone would wait for ever
+                asked = torch.tensor(int(stop))
+                dist.all_reduce(asked)
+                stop = asked.item() > 0
             save = stop or done == stage.steps or now - saved >= 60 * args.save_minutes
             if not (log or save or args.device.type == "cpu"):
                 continue  # a GPU is waited for only now and then
@@ -513,8 +521,8 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
                 saved = time.monotonic()
             if stop:
                 break
-    if received:
-        raise Stopped(received[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with "
+    if stop or received:
+        raise Stopped((*received, signal.SIGTERM)[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with "
                       "the same command and --resume")
 
 
@@ -542,13 +550,15 @@ def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> 
     return to_network(pool[torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)], args)
 
 
+@functools.cache
+def resident_textures(folder: Path, size: int, device: torch.device) -> Tensor:
+    """Decoded once, however many categories use them."""
+    return common.decode(common.list_images(folder), size, "textures").to(device)
+
+
 def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
     images = common.decode(category.train, args.size, category.name).to(args.device)
-    textures = None
-    if args.textures:
-        textures = common.decode(common.list_images(args.textures), args.size, "textures").to(args.device)
-    else:
-        print("no --textures: coloured noise stands in; the published results need DTD (--textures dtd/images)")
+    textures = resident_textures(args.textures, args.size, args.device) if args.textures else None
     model = to_device(draem.DraemModel(args.width, args.sspcab), args)
 
     def synthesize(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -568,11 +578,11 @@ def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Modu
                          args.batch, args.lr, drops)]
 
 
-def pretrain_dsr(args: argparse.Namespace) -> Path:
+def pretrain_dsr(args: argparse.Namespace, toy: bool) -> Path:
     """Stage 1 of DSR, unless it was done before: the path of its codebook."""
     if args.pretrain_batch % WORLD:
         raise InputError(f"--pretrain-batch {args.pretrain_batch}: is not a multiple of the {WORLD} processes")
-    identity, toy = describe(args, "dsr-codebook"), args.pretrain == TOY_IMAGES
+    identity = describe(args, "dsr-codebook")
     folder = args.out / "dsr" / f"codebook-{'toy' if toy else args.pretrain.resolve().name}"
     paths, last = common.list_images(args.pretrain), folder / "last.pt"
     stored, picture = read_checkpoint(last) if last.exists() else {}, folder / "reconstructions.png"
@@ -590,8 +600,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
         images = torch.cat((images, (255 * strange).round().byte()))
     torch.manual_seed(args.seed)
-    model = to_device(dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2), args)
-    latent = network = model.discrete_latent_model
+    latent = network = to_device(
+        dsr.DiscreteLatentModel(args.hiddens, 2, args.hiddens // 2, args.codes, args.hiddens), args)
     if WORLD > 1:
         network = nn.parallel.DistributedDataParallel(latent, broadcast_buffers=False)
     with Run(folder, identity, args.resume or done, writes=RANK == 0) as run:
@@ -606,7 +616,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
                 "perplexity_lo": perplexity[0], "perplexity_hi": perplexity[1]}
 
         stage = Stage("codebook", lambda generator: (to_network(next(batches), args), generator), losses,
-                      lambda: model.train_stage(1), "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr)
+                      lambda: [parameter for parameter in latent.train().parameters() if parameter.requires_grad],
+                      "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr, shared=True)
         run.say(f"stage 1 on {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x "
                 f"{args.size}, {args.device} {args.precision}: {stage.steps} steps of {stage.batch} -> {folder}")
         with contextlib.closing(batches):  # which ends its processes
@@ -641,7 +652,7 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
         for index in map(torch.tensor, indices()):
             yield images[(index.pin_memory() if images.is_cuda else index).to(args.device, non_blocking=True)]
     else:
-        for batch, _, errors in load(ImageFiles(paths, args.size), args, os.cpu_count() or 1,
+        for batch, _, errors in load(ImageFiles(paths, args.size), args, common.cores(),
                                      {signal.SIGINT, signal.SIGTERM}, batch_sampler=indices()):
             for error in filter(None, errors):
                 raise InputError(error)
@@ -650,7 +661,11 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
 
 def prepare_dsr(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
     images = common.decode(category.train, args.size, category.name).to(args.device)
-    model = to_device(from_file(dsr.load_codebook, args.codebook, 0.2, args.width), args)
+    if args.bench and not args.codebook:  # the codes' values take no time
+        model = dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2, args.width)
+    else:
+        model = from_file(dsr.load_codebook, args.codebook, 0.2, args.width)
+    model = to_device(model, args)
 
     def simulate(generator: torch.Generator) -> tuple[Tensor, dsr.Simulated]:
         image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.4)
@@ -725,7 +740,7 @@ def run_dfm(categories: list[Category], folder: Path, args: argparse.Namespace) 
 def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None, skip: bool = False
            ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
-    workers = min(os.cpu_count() or 1, math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
+    workers = min(common.cores(), math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
     for images, truth, errors in load(ImageFiles(paths, args.size, masks), args, workers, {signal.SIGINT},
                                       batch_size=args.batch):
         for error in () if skip else filter(None, errors):
@@ -738,8 +753,8 @@ def predict_batch(model: nn.Module, image: Tensor, args: argparse.Namespace) -> 
     with autocast(args):
         if args.method == "dfm":
             parts = dict(zip(("score", "anomaly_map"), mendable(model.predict, to_network(image, args))))
-        else:  # the published score is the mean over 21 x 21 pixels at 256 x 256
-            parts = model.predict_parts(to_network(image, args), round(21 * args.size / 256) // 2 * 2 + 1)
+        else:
+            parts = model.predict_parts(to_network(image, args))
     return {name: part.float().cpu() for name, part in parts.items() if part is not None}
 
 
@@ -792,36 +807,56 @@ def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict,
     return values
 
 
+@contextlib.contextmanager
+def drawing() -> Iterator[Callable]:
+    """submit(function, *arguments): threads write pictures while the network goes on, and few pictures wait."""
+    def submit(*job) -> None:
+        jobs.append(pool.submit(*job))
+        if len(jobs) > 4 * common.cores():
+            jobs.popleft().result()
+
+    jobs = deque()
+    with ThreadPoolExecutor(common.cores()) as pool:
+        yield submit
+        for job in jobs:
+            job.result()  # raises what the thread raised
+
+
+def predictions(model: nn.Module, paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None,
+                skip: bool = False) -> Iterator[tuple[Tensor, Tensor, str, dict[str, Tensor]]]:
+    """Image, mask, error and predict_batch's parts of each path: read, computed and forgotten batch by batch."""
+    for images, truths, errors in stream(paths, args, masks, skip):
+        parts = predict_batch(model, images, args)
+        for i, error in enumerate(errors):
+            yield images[i], truths[i], error, {name: part[i] for name, part in parts.items()}
+
+
 def measure(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Batch by batch: scores are kept, images and maps are not; threads draw while the network goes on."""
-    ranked, shown, at, top = common.Ranking(len(category.test)), [], 0, color_top(model)
-    pixels = common.Ranking(category.has_truth.count(True) * args.size ** 2)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for images, masks, _ in stream(category.test, args, category.masks):
-            parts, jobs = predict_batch(model, images, args), []
+    """The metrics; pictures on the way. Scores are kept, images and maps are not."""
+    known, shown, top = category.has_truth, [], color_top(model)
+    scores, pixels = common.Ranking(len(known)), common.Ranking(known.count(True) * args.size ** 2)
+    tests = zip(category.test, category.labels, category.defects, known)
+    with drawing() as submit:
+        for (path, label, defect, truth), (image, mask, _, parts) in zip(
+                tests, predictions(model, category.test, args, category.masks)):
             score = parts.pop("score")
-            ranked.add(score, torch.tensor(category.labels[at:at + len(images)]))
-            if parts:
-                known = torch.tensor(category.has_truth[at:at + len(images)])
-                pixels.add(parts["anomaly_map"][known], common.connected_components(masks[known, 0]))
-            for i in range(len(images) if parts else 0):
-                path, defect, truth = category.test[at + i], category.defects[at + i], category.has_truth[at + i]
-                own = {name: part[i] for name, part in parts.items()}
-                name = path.relative_to(category.folder / "test")
-                strip, headings = draw_strip(images[i], own, masks[i] if truth else None, top)
-                jobs.append(pool.submit(write_image, folder / "maps" / f"{name.with_suffix('')}.png", strip))
-                if args.save_maps:
-                    tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name.with_suffix('')}.tiff"
-                    jobs.append(pool.submit(save_map, tiff, path, own["anomaly_map"]))
-                if [other for other, *_ in shown].count(defect) < 2 and truth and len(shown) < 16:
-                    shown.append((defect, f"{defect}\n{score[i]:.3f}", strip, headings))
-            at += len(images)
-            for job in jobs:
-                job.result()
+            scores.add(score, torch.tensor(label))
+            if not parts:  # a likelihood has no map
+                continue
+            if truth:
+                pixels.add(parts["anomaly_map"], common.connected_components(mask[0]))
+            name = path.relative_to(category.folder / "test").with_suffix("")
+            strip, headings = draw_strip(image, parts, mask if truth else None, top)
+            submit(write_image, folder / "maps" / f"{name}.png", strip)
+            if args.save_maps:
+                tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name}.tiff"
+                submit(save_map, tiff, path, parts["anomaly_map"])
+            if [other for other, *_ in shown].count(defect) < 2 and truth and len(shown) < 16:
+                shown.append((defect, f"{defect}\n{score:.3f}", strip, headings))
     if shown:
         _, captions, strips, headings = zip(*shown)
         write_image(folder / "summary.png", common.sheet(strips, captions, headings[0]))
-    image, pixel = ranked.metrics(), pixels.metrics()
+    image, pixel = scores.metrics(), pixels.metrics()
     return ({f"image_{name}": image[name] for name in ("auroc", "ap", "f1") if image}
             | {f"pixel_{name}": pixel[name] for name in ("auroc", "ap", "aupro") if pixel})
 
@@ -830,29 +865,22 @@ def predict(args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
     model = load_model(args)
     paths = [path for given in args.predict for path in common.list_images(given)]
-    folder, used, at, bad, top = args.out / args.method / "predictions", set(), 0, 0, color_top(model)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for images, _, errors in stream(paths, args, skip=True):
-            parts, jobs = predict_batch(model, images, args), []
-            for i, error in enumerate(errors):
-                path, at = paths[at], at + 1
-                if error:
-                    print(f"train.py: {error}", file=sys.stderr)
-                    bad += 1
-                    continue
-                print(f"{path} {parts['score'][i]:.6f}", flush=True)
-                name, count = path.stem, 1
-                while name in used:  # images of one name in several folders
-                    name, count = f"{path.stem}.{count + 1}", count + 1
-                used.add(name)
-                own = {key: part[i] for key, part in parts.items() if key != "score"}
-                if own:
-                    strip = draw_strip(images[i], own, None, top)[0]
-                    jobs.append(pool.submit(write_image, folder / f"{name}.png", strip))
-                    if args.save_maps:
-                        jobs.append(pool.submit(save_map, folder / f"{name}.tiff", path, own["anomaly_map"]))
-            for job in jobs:
-                job.result()
+    folder, used, bad, top = args.out / args.method / "predictions", set(), 0, color_top(model)
+    with drawing() as submit:
+        for path, (image, _, error, parts) in zip(paths, predictions(model, paths, args, skip=True)):
+            if error:
+                print(f"train.py: {error}", file=sys.stderr)
+                bad += 1
+                continue
+            print(f"{path} {parts.pop('score'):.6f}", flush=True)
+            name, count = path.stem, 1
+            while name in used:  # images of one name in several folders
+                name, count = f"{path.stem}.{count + 1}", count + 1
+            used.add(name)
+            if parts:
+                submit(write_image, folder / f"{name}.png", draw_strip(image, parts, None, top)[0])
+                if args.save_maps:
+                    submit(save_map, folder / f"{name}.tiff", path, parts["anomaly_map"])
     return 2 if bad else 0
 
 
@@ -890,15 +918,16 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
     if args.checkpoint:
         folder = folder.with_name(f"{category.name}-checkpoint")
         model, begun = load_model(args), time.monotonic()
-        trained = read_checkpoint(args.checkpoint).get("run", {})  # unknown of others' files
-        identity = trained | describe(args, "checkpoint") | {
-            "method": args.method, "seed": trained.get("seed", args.seed)}
+        identity = args.trained | describe(args, "checkpoint") | {
+            "method": args.method, "seed": args.trained.get("seed", args.seed)}
         folder.mkdir(parents=True, exist_ok=True)
         return evaluate(model, category, folder, identity, begun, args)
     if args.method == "dfm":
         return run_dfm([category], folder, args)[category.name]
-    identity = describe(args, args.method)
+    identity, stage_1 = describe(args, args.method), {}
     torch.manual_seed(args.seed)  # initial weights
+    if args.method == "dsr" and args.codebook:
+        stage_1 = {"stage_1": from_file(dsr.read_codebook, args.codebook).get("run")}  # None of the authors'
     model, stages = PREPARE[args.method](category, args)  # reads everything before anything is written
     with Run(folder, identity, args.resume) as run:
         if run.checkpoint:
@@ -907,7 +936,7 @@ def run_category(category: Category, args: argparse.Namespace) -> dict[str, floa
                 f"{' + '.join(str(stage.steps) for stage in stages)} steps of {args.batch} -> {folder}")
         for stage in stages:
             fit(run, model, stages, stage, args)
-        return evaluate(model, category, folder, identity, run.begun, args)
+        return evaluate(model, category, folder, identity | stage_1, run.begun, args)
 
 
 def bench(category: Category, args: argparse.Namespace) -> int:
@@ -945,7 +974,8 @@ def bench(category: Category, args: argparse.Namespace) -> int:
     result["predict_ms"] = median_ms(lambda: predict_batch(model, images, args))
     result["predict_images_per_s"] = 1000 * args.batch / result["predict_ms"]
     memory = (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0)
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+              if resource else 0)
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
                      | {"peak_memory_mib": round(memory / 2 ** 20)}))
     return 0
@@ -979,10 +1009,13 @@ def run_all(args: argparse.Namespace) -> int:
         common.make_toy("data/toy")
     categories = common.find_categories("data/toy" if args.toy else args.data)
     if args.method == "dsr" and not args.checkpoint:
-        if args.toy and not args.codebook:
-            args.pretrain = args.pretrain or TOY_IMAGES
-        if args.pretrain:
-            args.codebook = pretrain_dsr(args)
+        toy = args.toy and not args.codebook and not args.pretrain
+        if toy:
+            args.pretrain = categories[0].folder / "train" / "good"
+        if args.pretrain and not args.bench:
+            args.codebook = pretrain_dsr(args, toy)
+    if args.method == "draem" and not (args.textures or args.checkpoint) and RANK == 0:
+        print("no --textures: coloured noise stands in; the published results need DTD (--textures dtd/images)")
     if args.bench:
         return bench(categories[0], args)
     if args.method == "dfm" and args.joint and not args.checkpoint:
@@ -1008,7 +1041,8 @@ def run_all(args: argparse.Namespace) -> int:
             print_table(results)
         for name, text in failures.items():
             print(f"train.py: {name}: {text}", file=sys.stderr)
-        print(f"weights, pictures and metrics are in {args.out / args.method}")
+        if results:
+            print(f"weights, pictures and metrics are in {args.out / args.method}")
     return 2 if failures else 0
 
 
@@ -1031,8 +1065,10 @@ def main(argv: list[str] | None = None) -> int:
         toy = args.data is None and args.checkpoint is None
         if toy:
             args = parse(argv, **TOY[args.method])
-        elif args.checkpoint and isinstance(run := read_checkpoint(args.checkpoint).get("run"), dict):
-            args = parse(argv, size=str(run.get("size", args.size)))  # a text is checked as if given
+        elif args.checkpoint:
+            run = read_checkpoint(args.checkpoint).get("run")
+            trained = run if isinstance(run, dict) else {}  # unknown of others' files
+            args = parse(argv, size=str(trained.get("size", args.size)), trained=trained)  # a text is checked as given
         args.toy = toy
         settle_hardware(args)
         if WORLD > 1:

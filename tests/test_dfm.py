@@ -481,7 +481,7 @@ def test_download_is_cached_and_its_hash_checked(tmp_path, monkeypatch):
     state = DFMModel("resnet18", "layer1").backbone.state_dict()
     assert torch.equal(state["conv1.weight"], torchvision_state()["conv1.weight"])
     (tmp_path / f"resnet18-{digest[:8]}.pth").unlink()
-    load_resnet(ResNet("resnet18", "layer2"))  # from the cache, under the file's own name
+    load_resnet(load_resnet(ResNet("resnet18", "layer2")))  # twice, from the cache, under the file's own name
     assert (tmp_path / "home/hub/checkpoints" / f"resnet18-{digest[:8]}.pth").exists()
     for name in ("resnet18-00000000.pth", "missing-00000000.pth"):
         monkeypatch.setitem(dfm.URLS, "resnet18", (tmp_path / name).as_uri())

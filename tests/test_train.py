@@ -177,7 +177,7 @@ def test_metrics_are_those_of_the_saved_weights(trained, data):
     images = torch.stack([common.read_image(path, 32) for path in category.test])
     masks = torch.stack([torch.zeros(1, 32, 32, dtype=torch.uint8) if path is None else common.read_mask(path, 32)
                          for path in category.masks])
-    score, maps = model.predict(images / 255, window=3)  # 21 at 256
+    score, maps = model.predict(images / 255)
     labels, found = torch.tensor(category.labels), metrics_of(trained)
     image = common.Ranking(len(score)).add(score, labels).metrics()
     pixel = common.Ranking(maps.numel()).add(maps, common.connected_components(masks[:, 0])).metrics()
