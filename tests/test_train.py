@@ -8,8 +8,10 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -512,6 +514,29 @@ def test_two_ranks_share_the_categories_out(command):
     for name, value in one["model"].items():
         apart = (two["model"][name].float() - value.float()).norm() / value.float().norm()
         assert apart < 0.02, name  # rounding may give a feature to the other of two near codes
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a rank's process in /proc")
+def test_ranks_stop_together_though_one_alone_is_told_to(data):
+    log = Path("runs/dsr/codebook-train/log.jsonl")
+    argv = [*DSR, "--data", data, "--pretrain", data / "train"]
+    argv[argv.index("--pretrain-steps") + 1] = "1000000"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train.py"]
+    process = subprocess.Popen([*launcher, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        begun = time.monotonic()
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert process.poll() is None and time.monotonic() - begun < 100
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        second = next(pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(second, signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode and b"stopped after step" in err
+    assert torch.load(log.with_name("last.pt"), weights_only=True)["step"] >= 50
 
 
 def test_ranks_without_a_launcher_are_one_line(data):
