@@ -696,13 +696,12 @@ PREPARE = {"draem": prepare_draem, "dsr": prepare_dsr}
 
 
 def new_dfm(args: argparse.Namespace) -> dfm.DFMModel:
-    weights = args.weights
-    if args.toy and weights is None:
+    if args.toy and args.weights is None:
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(dfm.URLS[args.backbone]).name).exists()
         print(f"the toy product needs no download: {'cached' if cached else 'random'} weights (or --weights FILE)")
-        weights = None if cached else "random"
-    return to_device(mendable(dfm.DFMModel, args.backbone, args.layer, weights or True, args.pooling, args.variance,
-                              args.score), args).eval()
+        args.weights = None if cached else "random"
+    return to_device(mendable(dfm.DFMModel, args.backbone, args.layer, args.weights or True, args.pooling,
+                              args.variance, args.score), args).eval()
 
 
 def run_dfm(categories: list[Category], folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -710,9 +709,9 @@ def run_dfm(categories: list[Category], folder: Path, args: argparse.Namespace) 
 
     No gradients: the features stream through once, and PCA and Gaussian are fitted in closed form.
     """
-    begun, features, identity, results = time.monotonic(), [], describe(args, "dfm"), {}
+    begun, features, results = time.monotonic(), [], {}
     torch.manual_seed(args.seed)  # weights, if random
-    model = new_dfm(args)
+    model, identity = new_dfm(args), describe(args, "dfm")  # which names the weights that were found
     paths = [path for category in categories for path in category.train]
     labels = [number for number, category in enumerate(categories) for _ in category.train]
     start = time.monotonic()

@@ -70,13 +70,13 @@ def test_networks_give_the_authors_figures():
     check(logits, -0.08118397452130921, 0.12541347363146893, [
         0.12341657280921936, 0.06853305548429489, -0.21700149774551392, -0.13793623447418213,
         0.027098393067717552, 0.02373308688402176, -0.13584622740745544, -0.18285417556762695], abs=1e-5)
-    score, anomaly_map = model.predict(x)
+    score, anomaly_map = model.predict(x, 21)
     assert anomaly_map.shape == (2, 64, 64)
     check(anomaly_map, 0.44132463135247235, 0.01322174142937547, [
         0.4185774326324463, 0.4204138517379761, 0.44612324237823486, 0.4182553291320801,
         0.43192780017852783, 0.45985451340675354, 0.41380077600479126, 0.4566378593444824], abs=1e-5)
     close(score, torch.tensor([0.44406992197036743, 0.4435794949531555]), rtol=0, atol=1e-5)
-    parts = model.predict_parts(x)
+    parts = model.predict_parts(x, 21)
     assert torch.equal(parts["score"], score) and torch.equal(parts["anomaly_map"], anomaly_map)
     close(parts["reconstruction"], reconstruction)
 
