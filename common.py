@@ -191,6 +191,10 @@ class Category:
         return [mask is not None or not label for mask, label in zip(self.masks, self.labels)]
 
 
+def _name(folder: Path) -> str:
+    return os.path.basename(os.path.abspath(folder))  # a link's own name, not its target's
+
+
 def _category(folder: Path) -> Category:
     good = folder / "train" / "good"
     if os.path.isdir(good):
@@ -199,7 +203,7 @@ def _category(folder: Path) -> Category:
         train = [path for path in _images(folder / "train") if path.parent == folder / "train"]
     if not train:
         raise InputError(f"{folder / 'train'}: holds no images; put the normal ones into {good}")
-    category = Category(folder.resolve().name, folder, train)
+    category = Category(_name(folder), folder, train)
     for path in _images(folder / "test") if os.path.isdir(folder / "test") else []:
         inside = path.relative_to(folder / "test")
         if len(inside.parts) == 1:
@@ -232,9 +236,12 @@ def find_categories(folder: Path | str) -> list[Category]:
     below = [folder / name for name in sorted(children) if name[0] != "." and os.path.isdir(folder / name / "train")]
     if below:
         return [_category(child) for child in below]
-    if "test" in children:  # as a plain folder its defects would be learned as normal
-        raise InputError(f"{folder}: has test/ but no train/; put normal images into {folder / 'train' / 'good'}")
-    return [Category(folder.resolve().name, folder, list_images(folder))]
+    images = list_images(folder)  # of which defects and masks would be learned as normal
+    parts = {_name(folder)}.union(*(path.relative_to(folder).parts[:-1] for path in images))
+    if found := parts & {"test", "ground_truth"}:
+        raise InputError(f"{folder}: images in {max(found)}/ would be learned as normal; give a folder with train/good "
+                         "in it, the folder above several such, or one of normal images alone")
+    return [Category(_name(folder), folder, images)]
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------

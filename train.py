@@ -81,7 +81,7 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
             value = math.nan
         if not low <= value <= high or above and value == low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number "
-                                             f"{'above' if above else 'from'} {low:g} to {high:g}")
+                                             f"{'above' if above else 'from'} {low:.10g} {'up ' * above}to {high:.10g}")
         return value
     return read
 
@@ -336,6 +336,7 @@ class Run:
             longer = (name == checkpoint["last_option"] and checkpoint["ended"] and isinstance(then, int)
                       and value >= then)
             if value != then and not longer:
+                then, value = ("not given" if setting is None else setting for setting in (then, value))
                 raise InputError(f"--resume: {self.last} was trained with --{name.replace('_', '-')} {then}, now it is "
                                  f"{value}; give the old value, or another root with --out DIR")
         return checkpoint
@@ -1019,8 +1020,9 @@ def run_all(args: argparse.Namespace) -> int:
         return bench(categories[0], args)
     if args.method == "dfm" and args.joint and not args.checkpoint:
         print_table(run_dfm(categories, args.out / "dfm" / "joint", args))
+        print(f"written to {args.out / 'dfm' / 'joint'}")
         return 0
-    results, failures = {}, {}
+    results, failures, suffix = {}, {}, "-checkpoint" if args.checkpoint else ""
     for category in share_out(categories):
         try:
             results[category.name] = run_category(category, args)
@@ -1041,7 +1043,7 @@ def run_all(args: argparse.Namespace) -> int:
         for name, text in failures.items():
             print(f"train.py: {name}: {text}", file=sys.stderr)
         if results:
-            print(f"weights, pictures and metrics are in {args.out / args.method}")
+            print(f"written to {args.out / args.method}: {', '.join(f'{name}{suffix}' for name in results)}")
     return 2 if failures else 0
 
 
@@ -1065,7 +1067,10 @@ def main(argv: list[str] | None = None) -> int:
         if toy:
             args = parse(argv, **TOY[args.method])
         elif args.checkpoint:
-            run = read_checkpoint(args.checkpoint).get("run")
+            content = read_checkpoint(args.checkpoint)
+            if isinstance(method := content.get("method"), str) and method != args.method:
+                raise InputError(f"{args.checkpoint}: a checkpoint of {method}, not of {args.method}")
+            run = content.get("run")
             trained = run if isinstance(run, dict) else {}  # unknown of others' files
             args = parse(argv, size=str(trained.get("size", args.size)), trained=trained)  # a text is checked as given
         args.toy = toy

@@ -447,7 +447,9 @@ def test_layout_errors(tmp_path):
     write_images(tmp_path / "unsorted/test", 1)
     (tmp_path / "file.txt").touch()
     (tmp_path / "empty").mkdir()
-    for name in ("only_test", "no_images", "no_good", "unsorted", "file.txt", "empty", "nowhere", "long" * 100):
+    write_images(tmp_path / "two_above/mvtec/bottle/train/good", 1)
+    write_images(tmp_path / "two_above/mvtec/bottle/ground_truth/cut", 1)
+    for name in ("two_above", "only_test/test", "only_test", "no_images", "no_good", "unsorted", "file.txt", "empty", "nowhere", "long" * 100):
         with pytest.raises(InputError, match=name):
             common.find_categories(tmp_path / name)
 
