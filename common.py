@@ -278,8 +278,8 @@ def connected_components(mask: Tensor) -> Tensor:
 
 class Ranking:
     """Scored samples, added part by part, and the metrics of their order. 8 bytes a sample are all that is kept: an
-    integer that sorts as the float32 score in its upper half does, and holds the sample's region in its lower half. They
-    are sorted in place, and summed slice by slice."""
+    integer that sorts as the float32 score in its upper half does, and holds the sample's region in its lower half.
+    They are sorted in place, and summed slice by slice."""
 
     def __init__(self, count: int, slice_size: int = 2**20):
         self.keys, self.used, self.slice_size = torch.empty(count + 1, dtype=torch.int64), 1, slice_size
@@ -317,7 +317,7 @@ class Ranking:
         share = 1 / (sizes.double() * (sizes > 0).sum())  # of the mean overlap, found with each sample
         share[sizes == 0] = 0
         self.keys[: self.used].numpy().sort()
-        sums = point = torch.zeros(3, 1, dtype=torch.float64)  # hits, alarms, overlap: so far, and at the last threshold
+        sums = point = torch.zeros(3, 1, dtype=torch.float64)  # hits, alarms, overlap so far; at the last threshold
         auroc = ap = f1 = aupro = 0.0
         for end in range(self.used, 1, -self.slice_size):
             start = max(1, end - self.slice_size)

@@ -523,8 +523,8 @@ def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: arg
             if stop:
                 break
     if stop or received:
-        raise Stopped((*received, signal.SIGTERM)[0], f"stopped after step {done} of {stage.steps}, which {run.last} holds; go on with "
-                      "the same command and --resume")
+        raise Stopped((*received, signal.SIGTERM)[0], f"stopped after step {done} of {stage.steps}, which {run.last} "
+                      "holds; go on with the same command and --resume")
 
 
 def show(run: Run, line: str, last: bool) -> None:

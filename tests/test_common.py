@@ -449,7 +449,8 @@ def test_layout_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     write_images(tmp_path / "two_above/mvtec/bottle/train/good", 1)
     write_images(tmp_path / "two_above/mvtec/bottle/ground_truth/cut", 1)
-    for name in ("two_above", "only_test/test", "only_test", "no_images", "no_good", "unsorted", "file.txt", "empty", "nowhere", "long" * 100):
+    for name in ("two_above", "only_test/test", "only_test", "no_images", "no_good", "unsorted", "file.txt", "empty",
+                 "nowhere", "long" * 100):
         with pytest.raises(InputError, match=name):
             common.find_categories(tmp_path / name)
 
