@@ -214,7 +214,7 @@ def upsampling_loss(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The discrete latent model: a VQ-VAE-2 of two levels. Here and below, attribute names are the authors' without leading
-# underscores, so that released weights fit, and every network starts from PyTorch's initial weights, as in the code.
+# underscores, so that released weights fit. Restriction and upsampling modules start from PyTorch's initial weights.
 
 
 def eager_on_cpu(x: Tensor) -> bool:
@@ -574,6 +574,12 @@ class ImageReconstructionNetwork(nn.Module):
 # The model.
 
 
+def initialize(module: nn.Module) -> None:
+    """The code's initial weights (train_dsr.py:179, 189); biases keep PyTorch's."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0, 0.02)
+
+
 class Simulated(NamedTuple):
     """Stage 2's anomalies: the codes after the swap, those before it, and where the detector has to find the swap."""
     lo: Tensor
@@ -601,6 +607,8 @@ class DsrModel(nn.Module):
         self.image_reconstruction_network = ImageReconstructionNetwork(2 * embedding_dim, *sizes)
         self.anomaly_detection_module = AnomalyDetectionModule(base_width=base_width)
         self.upsampling_module = UpsamplingModule(base_width=base_width)
+        self.image_reconstruction_network.apply(initialize)
+        self.anomaly_detection_module.apply(initialize)
         self.ranked = None  # rank_codes of both codebooks, while stage 2 is trained
 
     def train_stage(self, stage: int) -> list[nn.Parameter]:
@@ -624,9 +632,9 @@ class DsrModel(nn.Module):
     def simulate(self, image: Tensor, generator: torch.Generator, normal_share: float = 0.5) -> Simulated:
         """Stage 2's anomalies, after train_stage(2): codes swapped under a Perlin mask, pooled to each level's size.
 
-        As in the code: both levels' codes with probability 1/2, those of lo or those of hi alone with 1/4 each; F_hi,
-        which depends on Q_lo, is quantized anew from the changed Q_lo; the mask returned has the pixels of lo where lo
-        was changed. The code first turns normal images: rotate_normals(image, generator, 90, 0.4), 0.3 in stage 3.
+        As in the code (train_dsr.py:233-266): both levels' codes with probability 1/2, those of lo or those of hi alone
+        with 1/4 each. Where both are swapped, F_hi is computed and quantized again from the swapped Q_lo; else hi is
+        that of the unchanged image. The mask returned has the pixels of lo where lo was changed. The code first turns normal images: rotate_normals(image, generator, 90, 0.4), 0.3 in stage 3.
         """
         if self.ranked is None:
             raise RuntimeError("simulate needs both codebooks ranked: call model.train_stage(2) first")
@@ -643,8 +651,10 @@ class DsrModel(nn.Module):
         index = top.nearest(features)
         normal_lo = top.lookup(index)
         lo = top.lookup(sample_codebook_anomalies(index, self.ranked[0], mask_lo * change_lo, strength_lo, generator))
-        normal_hi = bot.lookup(bot.nearest(latent.encode_hi(encoded, normal_lo)))
-        index = bot.nearest(latent.encode_hi(encoded, lo))
+        index = bot.nearest(latent.encode_hi(encoded, normal_lo))
+        normal_hi = bot.lookup(index)
+        both = (change_lo & change_hi)[:, 0]
+        index = torch.where(both, bot.nearest(latent.encode_hi(encoded, lo)), index)
         hi = bot.lookup(sample_codebook_anomalies(index, self.ranked[1], mask_hi * change_hi, strength_hi, generator))
         target = torch.where(change_lo, F.interpolate(mask_lo, scale_factor=8), F.interpolate(mask_hi, scale_factor=4))
         return Simulated(lo, hi, normal_lo, normal_hi, target)
