@@ -109,6 +109,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
         "product, drawn into data/toy, at reduced settings")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="root of the run folders; default: %(default)s")
     add("--size", type=image_size, default=256, help="images become squares of this side; default: %(default)s")
+    add("--antialias", action="store_true", help="resize with antialiasing; default: bilinear from four pixels")
     add("--batch", type=number(int, 1, 4096), default=8, help="images a step; default: %(default)s")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
@@ -552,14 +553,14 @@ def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> 
 
 
 @functools.cache
-def resident_textures(folder: Path, size: int, device: torch.device) -> Tensor:
+def resident_textures(folder: Path, size: int, antialias: bool, device: torch.device) -> Tensor:
     """Decoded once, however many categories use them."""
-    return common.decode(common.list_images(folder), size, "textures").to(device)
+    return common.decode(common.list_images(folder), size, "textures", antialias).to(device)
 
 
 def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
-    images = common.decode(category.train, args.size, category.name).to(args.device)
-    textures = resident_textures(args.textures, args.size, args.device) if args.textures else None
+    images = common.decode(category.train, args.size, category.name, args.antialias).to(args.device)
+    textures = resident_textures(args.textures, args.size, args.antialias, args.device) if args.textures else None
     model = to_device(draem.DraemModel(args.width, args.sspcab), args)
 
     def synthesize(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -595,7 +596,7 @@ def pretrain_dsr(args: argparse.Namespace, toy: bool) -> Path:
         print(f"stage 1 was done before: {last}")
         return last
     fits = toy or len(paths) * 3 * args.size ** 2 <= RESIDENT
-    images = common.decode(paths, args.size, "stage 1").to(args.device) if fits else None
+    images = common.decode(paths, args.size, "stage 1", args.antialias).to(args.device) if fits else None
     if toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
         strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
@@ -625,7 +626,7 @@ def pretrain_dsr(args: argparse.Namespace, toy: bool) -> Path:
             fit(run, latent, [stage], stage, args)
         if run.writes:
             latent.eval()
-            shown = torch.stack([common.read_image(path, args.size) for path in paths[:: math.ceil(len(paths) / 8)]])
+            shown = torch.stack([common.read_image(path, args.size, args.antialias) for path in paths[:: math.ceil(len(paths) / 8)]])
             with torch.no_grad(), autocast(args):
                 drawn = latent(to_network(shown, args))[0].float().cpu()
             strips = [common.strip([common.panel(a), common.panel(b)]) for a, b in zip(shown, drawn)]
@@ -653,7 +654,7 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
         for index in map(torch.tensor, indices()):
             yield images[(index.pin_memory() if images.is_cuda else index).to(args.device, non_blocking=True)]
     else:
-        for batch, _, errors in load(ImageFiles(paths, args.size), args, common.cores(),
+        for batch, _, errors in load(ImageFiles(paths, args.size, None, args.antialias), args, common.cores(),
                                      {signal.SIGINT, signal.SIGTERM}, batch_sampler=indices()):
             for error in filter(None, errors):
                 raise InputError(error)
@@ -661,7 +662,7 @@ def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args:
 
 
 def prepare_dsr(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
-    images = common.decode(category.train, args.size, category.name).to(args.device)
+    images = common.decode(category.train, args.size, category.name, args.antialias).to(args.device)
     if args.bench and not args.codebook:  # the codes' values take no time
         model = dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2, args.width)
     else:
@@ -741,7 +742,7 @@ def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None]
            ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
     workers = min(common.cores(), math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
-    for images, truth, errors in load(ImageFiles(paths, args.size, masks), args, workers, {signal.SIGINT},
+    for images, truth, errors in load(ImageFiles(paths, args.size, masks, args.antialias), args, workers, {signal.SIGINT},
                                       batch_size=args.batch):
         for error in () if skip else filter(None, errors):
             raise InputError(error)
@@ -899,7 +900,7 @@ def describe(args: argparse.Namespace, method: str) -> dict:
     def plain(value):
         return str(value.resolve()) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     return {"method": method} | {name: plain(getattr(args, name))
-                                 for name in (*IDENTITY[method], "size", "seed", "precision")}
+                                 for name in (*IDENTITY[method], "size", "antialias", "seed", "precision")}
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
@@ -952,7 +953,7 @@ def bench(category: Category, args: argparse.Namespace) -> int:
         return statistics.median(times[3:])  # after three to warm up
 
     wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
-    images = common.decode((category.train * args.batch)[:args.batch], args.size, "bench")
+    images = common.decode((category.train * args.batch)[:args.batch], args.size, "bench", args.antialias)
     torch.manual_seed(args.seed)
     if args.method == "dfm":  # it has no steps: its features stand for them
         model = new_dfm(args)

@@ -176,7 +176,7 @@ def test_image(name, tmp_path):
     (write, suffix), expected, tolerance = GOOD[name]
     path = tmp_path / ("image" + suffix)
     write(path)
-    check(common.read_image(path, 16), expected, tolerance)
+    check(common.read_image(path, 16, antialias=True), expected, tolerance)
     assert common.list_images(tmp_path) == [path]
 
 
@@ -384,7 +384,7 @@ def test_decode_keeps_the_order_and_names_the_first_bad_file(tmp_path, capsys):
 
 
 def test_decode_can_be_interrupted(monkeypatch):
-    monkeypatch.setattr(common, "read_image", lambda path, size: time.sleep(0.05) or torch.zeros(3, 8, 8))
+    monkeypatch.setattr(common, "read_image", lambda *_: time.sleep(0.05) or torch.zeros(3, 8, 8))
     timer, start = threading.Timer(0.3, interrupt_main), time.monotonic()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -711,3 +711,18 @@ def test_toy_is_whole_or_not_there(toy, tmp_path, monkeypatch):
     write_images(tmp_path / "mine", 2)
     with pytest.raises(InputError, match="mine"):
         common.make_toy(tmp_path / "mine")
+
+
+def test_resizing_blends_four_neighbours(tmp_path):
+    """OpenCV's rule in a closed form: output pixel o looks at (o + 0.5) * scale - 0.5, clamped to the picture."""
+    pixels = np.random.RandomState(0).randint(0, 256, (37, 50, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for size in (16, 64):
+        expected = pixels.astype(np.float64)
+        for axis, length in ((0, 37), (1, 50)):
+            at = ((np.arange(size) + 0.5) * length / size - 0.5).clip(0, length - 1)
+            low = np.floor(at).astype(int).clip(0, length - 2)
+            weight = (at - low).reshape(-1, 1, 1) if axis == 0 else (at - low).reshape(1, -1, 1)
+            expected = expected.take(low, axis) * (1 - weight) + expected.take(low + 1, axis) * weight
+        found = common.read_image(tmp_path / "a.png", size).permute(1, 2, 0).numpy()
+        assert abs(found - expected).max() <= 1
