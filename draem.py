@@ -1,30 +1,56 @@
 """DRAEM: a discriminatively trained reconstruction embedding for surface anomaly detection.
 
-Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. Authors' code: VitjanZ/DRAEM @ 2dbf673, here "the code".
+Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. "The code" is the authors', VitjanZ/DRAEM @ 2dbf673.
 SSPCAB, an optional block: Ristea et al., CVPR 2022, arXiv 2111.09099; code ristea/sspcab @ 07d416c.
 
-One network paints a product's image free of anomalies, a second one compares what went in with what came out and marks
-the difference. Both learn from faultless images and anomalies made up on the spot, so this file holds, in order:
-simulated anomalies, losses, the two networks, the model, and a reader for released weights. It needs torch alone.
+One network paints a product's image free of anomalies. A second one compares what went in with what came out and marks
+the difference. Both learn from faultless images and from anomalies that are made up in every step. This file holds, in
+order: the published settings, simulated anomalies, losses, the two networks, the model with its training step, and a
+reader for trained weights. It needs torch alone. Five lines train it:
+
+    model, generator = DraemModel().train(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), PUBLISHED["lr"])
+    terms = model.losses(image, texture, generator)  # in every step, on a new batch
+    sum(terms.values()).backward()
+    optimizer.step()  # then optimizer.zero_grad()
 
     paper  here             shape           range
     I      image            (N, 3, H, W)    [0, 1], RGB; H and W multiples of 32
     P      noise            (N, H, W)       about [-1, 1]
     M_a    mask             (N, 1, H, W)    1 = anomalous, 0 = normal, throughout
-    A      texture          (N, 3, H, W)    [0, 1], any unrelated images
+    A      texture          (N, 3, H, W)    [0, 1], RGB; any unrelated images
     beta   beta             (N, 1, 1, 1)    share of the texture in the blend
     I_a    augmented        (N, 3, H, W)    [0, 1], the image with anomalies blended in
-    I_r    reconstruction   (N, 3, H, W)
+    I_r    reconstruction   (N, 3, H, W)    about [0, 1]
     M_o    anomaly_map      (N, H, W)       [0, 1], the softmax of logits (N, 2, H, W)
     eta    score            (N,)            [0, 1]
 """
 import math
-import warnings
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PUBLISHED = {
+    "size": 256,                  # side of the square images, in pixels (section 4)
+    "batch": 8,                   # images in a step (the code)
+    "epochs": 700,                # of as many samples as images (section 4), drawn with replacement (the code)
+    "lr": 1e-4,                   # of Adam (section 4)
+    "drops": (4 / 7, 6 / 7),      # shares of the training after which lr is a tenth: 400 and 600 epochs (section 4)
+    "drop_factor": 0.1,           # the code has 0.2, after 0.8 and 0.9 of the epochs (train_DRAEM.py:47)
+    "width": 128,                 # channels of the reconstructive sub-network's first block, twice the other's
+    "rotation": 45.0,             # degrees, at most, by which normal images are turned (section 4); the code has 90
+    "rotation_share": 0.3,        # of the normal images (the code)
+    "normal_share": 0.5,          # samples that get no anomaly (the code)
+    "noise_threshold": 0.5,       # mask = noise > threshold (the code)
+    "beta": (0.1, 1.0),           # range of the texture's share in the blend (section 3.3)
+    "augmentations": 3,           # that change a texture (section 3.3)
+    "ssim_lambda": 1.0,           # weight of L_SSIM in Eq. (2) (the code)
+    "sspcab_lambda": 0.1,         # weight of SSPCAB's own loss (2111.09099)
+    "window": 21,                 # side of the score's mean filter at 256 x 256 (test_DRAEM.py:105)
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Simulated anomalies (section 3.3). Everything random comes from `generator`, on whose device all of it is computed.
@@ -57,26 +83,32 @@ def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
     return math.sqrt(2) * torch.lerp(top, bottom, fade_y)
 
 
+def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel coordinates y, x (N, height, width) of a picture turned about its centre by angle (N,), in radians."""
+    y = torch.arange(height, device=angle.device).view(1, -1, 1) - (height - 1) / 2
+    x = torch.arange(width, device=angle.device).view(1, 1, -1) - (width - 1) / 2
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    return cos * y - sin * x + (height - 1) / 2, sin * y + cos * x + (width - 1) / 2
+
+
 def perlin_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """`count` independent noise images (count, height, width), of any size.
 
-    As in the code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; to turn
-    the coordinates instead costs less and blurs nothing.
+    DRAEM's code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
+    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture. Here the
+    coordinates are turned, which blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
-    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # enough for the finest lattice
-    angle = uniform(generator, -math.pi / 2, math.pi / 2, count, 1, 1)
-    y = torch.arange(height, device=device).view(1, -1, 1) - (height - 1) / 2
-    x = torch.arange(width, device=device).view(1, 1, -1) - (width - 1) / 2
-    y, x = angle.cos() * y - angle.sin() * x + (height - 1) / 2, angle.sin() * y + angle.cos() * x + (width - 1) / 2
+    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; enough for the finest lattice
+    y, x = turned_grid(height, width, uniform(generator, -math.pi / 2, math.pi / 2, count))
     inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
-    y, x = y.clamp(0, height - 1) * cells[0] / height, x.clamp(0, width - 1) * cells[1] / width
+    y = y.clamp(0, height - 1) * cells[0] / height
+    x = x.clamp(0, width - 1) * cells[1] / width
     return gradient_noise(y, x, angles) * inside
 
 
-def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
+def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
     """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
     if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
@@ -89,41 +121,52 @@ def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tenso
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
     """Turn each sample about its centre by its own angle (N,): bilinear, black where nothing was."""
     height, width = image.shape[2:]
-    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    zero = torch.zeros_like(cos)
-    matrix = torch.stack((cos, -sin * height / width, zero, sin * width / height, cos, zero), 1).view(-1, 2, 3)
-    return F.grid_sample(image, F.affine_grid(matrix, list(image.shape), align_corners=False), align_corners=False)
+    y, x = turned_grid(height, width, degrees.deg2rad())
+    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
+    return F.grid_sample(image, grid, align_corners=False)
 
 
-def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-degrees: DRAEM's angle (its code has 90), and its code's share."""
+def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float, share: float) -> Tensor:
+    """Turn a share of the normal images, each by its own angle of up to +-degrees."""
     chosen = uniform(generator, 0, 1, len(image)) < share
-    return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
+    return apply_where(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
 
-# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x in [0, 1]; u (n, 3) is uniform.
+def perlin_mask(count: int, height: int, width: int, generator: torch.Generator, normal_share: float,
+                threshold: float) -> Tensor:
+    """Masks (count, 1, height, width): noise > threshold, empty for `normal_share` of the samples."""
+    anomalous = uniform(generator, 0, 1, count, 1, 1) >= normal_share
+    return ((perlin_noise(count, height, width, generator) > threshold) & anomalous)[:, None].float()
+
+
+# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x (n, 3, H, W) in [0, 1]; u (n, 3) is
+# uniform in [0, 1] and holds what an augmentation draws.
 
 
 def gamma(x: Tensor, u: Tensor) -> Tensor:
+    """Each channel to its own power in [0.5, 2]."""
     return x ** (0.5 + 1.5 * u[:, :, None, None])
 
 
 def brightness(x: Tensor, u: Tensor) -> Tensor:
-    factor, offset = 0.8 + 0.4 * u[:, 0], (2 * u[:, 1] - 1) * 30 / 255
-    return (x * factor.view(-1, 1, 1, 1) + offset.view(-1, 1, 1, 1)).clamp(0, 1)
+    """RGB times [0.8, 1.2], plus +-30/255; the code changes the brightness channel of a random colour space."""
+    factor = (0.8 + 0.4 * u[:, 0]).view(-1, 1, 1, 1)
+    offset = ((2 * u[:, 1] - 1) * 30 / 255).view(-1, 1, 1, 1)
+    return (x * factor + offset).clamp(0, 1)
 
 
 def sharpness(x: Tensor, u: Tensor) -> Tensor:
     """Towards (factor < 1) or away from (factor > 1) a 3 x 3 smoothing, the factor in [0, 2]."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    rows = padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]  # sums: a tenth of a depthwise conv's time
+    rows = padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x) / 13
     return torch.lerp(smooth, x, 2 * u[:, 0].view(-1, 1, 1, 1)).clamp(0, 1)
 
 
 def hue_saturation(x: Tensor, u: Tensor) -> Tensor:
     """+-50/255 of a full turn of hue, +-50/255 of saturation, through HSV."""
-    value, least = x.amax(1), x.amin(1)
+    value = x.amax(1)
+    least = x.amin(1)
     chroma = (value - least).clamp_min(1e-8)
     red, green, blue = x.unbind(1)
     hue = torch.where(value == red, (green - blue) / chroma,
@@ -179,6 +222,7 @@ def equalize(x: Tensor, u: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, u: Tensor) -> Tensor:
+    """By up to +-45 degrees."""
     return rotate(x, 90 * u[:, 0] - 45)
 
 
@@ -191,11 +235,11 @@ def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
 
     Section 3.3 names seven to draw three from; followed is the code, which draws from ten (data_loader.py).
     """
-    order = uniform(generator, 0, 1, len(texture), len(AUGMENTATIONS)).argsort(1)[:, :3]
+    order = uniform(generator, 0, 1, len(texture), len(AUGMENTATIONS)).argsort(1)[:, :PUBLISHED["augmentations"]]
     for choice in order.unbind(1):
         u = uniform(generator, 0, 1, len(texture), 3)
         for k, augmentation in enumerate(AUGMENTATIONS):
-            texture = change(choice == k, augmentation, texture, u)
+            texture = apply_where(choice == k, augmentation, texture, u)
     return texture
 
 
@@ -208,16 +252,16 @@ def coloured_noise(count: int, height: int, width: int, generator: torch.Generat
 
 @torch.no_grad()
 def synthesize_anomalies(image: Tensor, texture: Tensor | None, generator: torch.Generator,
-                         beta: tuple[float, float] = (0.1, 1.0), normal_share: float = 0.5) -> tuple[Tensor, Tensor]:
+                         beta: tuple[float, float] = PUBLISHED["beta"],
+                         normal_share: float = PUBLISHED["normal_share"]) -> tuple[Tensor, Tensor]:
     """Eq. (4): augmented = (1 - mask) * image + (1 - beta) * (mask * image) + beta * (mask * texture)
 
     Takes image and texture (N, 3, H, W) in [0, 1] on the generator's device; returns augmented, likewise, and mask
-    (N, 1, H, W). beta is drawn from its range for each sample. The mask is noise > 0.5, and empty for `normal_share` of
-    the samples (the code's 0.5) and wherever the noise stays below. Without a texture, coloured noise stands in.
+    (N, 1, H, W). beta is drawn from its range for each sample. The mask is empty for `normal_share` of the samples and
+    wherever the noise stays below the threshold. Without a texture (None), coloured noise stands in.
     """
     count, _, height, width = image.shape
-    anomalous = uniform(generator, 0, 1, count, 1, 1) >= normal_share
-    mask = ((perlin_noise(count, height, width, generator) > 0.5) & anomalous)[:, None].float()
+    mask = perlin_mask(count, height, width, generator, normal_share, PUBLISHED["noise_threshold"])
     if texture is None:
         texture = coloured_noise(count, height, width, generator)
     texture = augment_textures(texture, generator)
@@ -235,20 +279,20 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)) with means, variances and covariance under
     an 11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of range 1.
     The border is padded with zeros as in the code (loss.py:113). The code guesses the range from the reconstruction's
-    values (loss.py:99), so that one dark pixel below -0.5 changes the loss of all; here it is 1.
+    values: 2 where any is below -0.5 (loss.py:105), so that one dark pixel changes the loss of all. Here it is 1.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float(), y.float()
-        # vx and vy enter as a sum alone: four filtered images do for the five moments. A CPU filters channels_last
-        # three times as fast, and does the rest faster in planes; a GPU would filter channels_last in TF32.
-        layout = torch.contiguous_format if x.is_cuda else torch.channels_last
-        moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous(memory_format=layout)
+        # vx and vy enter as a sum alone, so four filtered images do. In planes: cuDNN may filter channels_last in TF32.
+        moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous()
+        channels = moments.shape[1]
         offset = torch.arange(-5.0, 6.0, device=x.device)
-        window = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(moments.shape[1], 1, 11)
-        moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=moments.shape[1])
-        moments = F.conv2d(moments, window[:, :, None], padding=(0, 5), groups=moments.shape[1])
-        mean_x, mean_y, square, product = moments.contiguous().chunk(4, 1)
-        means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+        window = torch.softmax(-offset ** 2 / (2 * 1.5 ** 2), 0).expand(channels, 1, 11)
+        moments = F.conv2d(moments, window[..., None], padding=(5, 0), groups=channels)
+        moments = F.conv2d(moments, window[:, :, None], padding=(0, 5), groups=channels)
+        mean_x, mean_y, square, product = moments.chunk(4, 1)
+        means = mean_x * mean_y
+        mean_squares = mean_x * mean_x + mean_y * mean_y
         c1, c2 = 0.01 ** 2, 0.03 ** 2
         ssim = (2 * means + c1) * (2 * (product - means) + c2) / ((mean_squares + c1) * (square - mean_squares + c2))
         return (1 - ssim).mean()
@@ -266,18 +310,12 @@ def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
         return (-(1 - p) ** 2 * p.log()).mean()
 
 
-def draem_loss(image: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor,
-               sspcab_cost: Tensor | None = None) -> dict[str, Tensor]:
-    """Eq. (3): L = L_rec + L_seg, the sum of the terms returned; Eq. (2): L_rec = lambda * L_SSIM + l2, lambda = 1.
-
-    lambda is the code's (train_DRAEM.py). With SSPCAB its cost joins in at 0.1 (2111.09099).
-    """
+def draem_loss(image: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Eq. (3): L = L_rec + L_seg, the sum of the terms returned; Eq. (2): L_rec = lambda * L_SSIM + l2"""
     with torch.autocast(image.device.type, enabled=False):
-        terms = {"l2": F.mse_loss(reconstruction.float(), image), "ssim": ssim_loss(reconstruction, image),
-                 "focal": focal_loss(logits, mask)}
-        if sspcab_cost is not None:
-            terms["sspcab"] = 0.1 * sspcab_cost
-    return terms
+        return {"l2": F.mse_loss(reconstruction.float(), image),
+                "ssim": PUBLISHED["ssim_lambda"] * ssim_loss(reconstruction, image),
+                "focal": focal_loss(logits, mask)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,38 +464,82 @@ class DiscriminativeSubNetwork(nn.Module):
 
 
 class DraemModel(nn.Module):
-    """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters, 198 GMAC at 256."""
+    """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters, 198 GMAC at 256.
 
-    def __init__(self, width: int = 128, sspcab: bool = False):
+    width, sspcab: the networks. beta, rotation, sspcab_lambda: knobs of `losses`, see PUBLISHED. `settings` holds them
+    all, to be saved with the weights. `reading` is how images were read in training, {} where unknown: the keywords of
+    this project's common.read_image.
+    """
+
+    def __init__(self, width: int = PUBLISHED["width"], sspcab: bool = False,
+                 beta: tuple[float, float] = PUBLISHED["beta"], rotation: float = PUBLISHED["rotation"],
+                 sspcab_lambda: float = PUBLISHED["sspcab_lambda"]):
         super().__init__()
+        self.settings = dict(width=width, sspcab=sspcab, beta=tuple(beta), rotation=rotation,
+                             sspcab_lambda=sspcab_lambda)
+        self.reading = {}
+        self.beta, self.rotation, self.sspcab_lambda = tuple(beta), rotation, sspcab_lambda
         self.reconstructive_subnetwork = ReconstructiveSubNetwork(base_width=width, sspcab=sspcab)
         self.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=width // 2)
         self.apply(initialize)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (N, 3, H, W) -> reconstruction (N, 3, H, W), logits (N, 2, H, W)."""
         reconstruction = self.reconstructive_subnetwork(image)
         logits = self.discriminative_subnetwork(torch.cat((reconstruction, image), 1))  # in this order
         return reconstruction, logits
 
+    def losses(self, image: Tensor, texture: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+        """One training step's terms, whose sum is Eq. (3): turn, simulate, forward, loss. For a model in train mode.
+
+        image and texture (N, 3, H, W) in [0, 1] on the generator's device, the model's; texture may be None.
+        """
+        image = rotate_normals(image, generator, self.rotation, PUBLISHED["rotation_share"])
+        augmented, mask = synthesize_anomalies(image, texture, generator, self.beta)
+        reconstruction, logits = self(augmented)
+        terms = draem_loss(image, reconstruction, logits, mask)
+        block5 = self.reconstructive_subnetwork.encoder.block5
+        if isinstance(block5, SSPCAB):
+            terms["sspcab"] = self.sspcab_lambda * block5.cost
+        return terms
+
     @torch.no_grad()
-    def predict_parts(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
+    def predict(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
         """Eq. (5): eta = max(M_o * f_sf): score (N,), the maximum of the window x window mean of anomaly_map (N, H, W).
 
-        The window, an odd number, is the code's 21 at 256 x 256, padded with zeros (test_DRAEM.py:105), and in
-        proportion at other sizes. The reconstruction comes along.
+        image (N, 3, H, W) in [0, 1]. The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, and
+        in proportion at other sizes. The reconstruction (N, 3, H, W) comes along. ValueError for another kind of image.
         """
         if self.training:
             raise RuntimeError("predict needs the statistics learned in training: call model.eval() first")
+        check_image(image, 32)
         reconstruction, logits = self(image)
         anomaly_map = logits.float().softmax(1)[:, 1]
-        window = window or round(21 * min(image.shape[2:]) / 256) // 2 * 2 + 1
-        score = F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
+        score = mean_filter_maximum(anomaly_map, window)
         return {"score": score, "anomaly_map": anomaly_map, "reconstruction": reconstruction}
 
-    def predict(self, image: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
-        parts = self.predict_parts(image, window)
-        return parts["score"], parts["anomaly_map"]
+
+def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tensor:
+    """(N, H, W) -> (N,): the largest mean of a window, an odd number of pixels wide, in zero padding."""
+    side = min(int(length) for length in anomaly_map.shape[1:])
+    window = window or round(PUBLISHED["window"] * side / PUBLISHED["size"]) // 2 * 2 + 1
+    return F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
+
+
+def check_image(image: Tensor, multiple: int) -> None:
+    """ValueError unless image is floats (N, 3, H, W) in [0, 1], H and W multiples of `multiple`."""
+    if not image.is_floating_point():
+        raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
+    if image.shape[2] % multiple or image.shape[3] % multiple:
+        raise ValueError(f"image: sides of a multiple of {multiple} are needed, found {tuple(image.shape[2:])}")
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return  # a graph cannot depend on values
+    low, high = (value.item() for value in image.float().aminmax())
+    if not -1e-3 <= low <= high <= 1.001:
+        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "
+                         "standard deviation scale them")
 
 
 def initialize(module: nn.Module) -> None:
@@ -473,79 +555,127 @@ def initialize(module: nn.Module) -> None:
 # Weights.
 
 
+class Inert:
+    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line."""
+    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+
+    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    """
+    path = str(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if "GLOBAL " not in str(error):  # the pickle names no class or function: the file is damaged
+                raise
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if any(name.startswith("anomalib.") for name in named):
+                raise ValueError(f"{path}: an export of anomalib, which holds code; give the .ckpt of its training")
+            if not all(name.startswith("torchvision.transforms.") for name in named):
+                raise ValueError(f"{path}: holds more than tensors and could run code; save its state dict alone")
+            with torch.serialization.safe_globals([(Inert, name) for name in named]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
-        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
-                                        if unsafe else "truncated, or not a file of weights")) from None
+        own = isinstance(error, ValueError) and str(error).startswith(path)
+        raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
     return content
 
 
-def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
-    """load_state_dict, strict, with the first few differences in one line: ValueError."""
-    own = module.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if isinstance(state.get(k), Tensor) and state[k].shape != own[k].shape]
-    faults = {"missing": [k for k in own if not isinstance(state.get(k), Tensor)],
-              "unknown": [str(k) for k in state if k not in own], "of another shape": shapes,
-              "not finite": [k for k in own if isinstance(state.get(k), Tensor) and not state[k].isfinite().all()]}
-    found = [f"{len(keys)} entries {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-             for fault, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{path}: does not fit {type(module).__name__}: " + "; ".join(found))
-    module.load_state_dict(state)
+def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
+    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    try:
+        model = kind(**settings)
+        model.load_state_dict(state)
+    except Exception as error:  # unknown settings, other keys or shapes, values that are no tensors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: does not fit {kind.__name__}: {reason[:300]}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path}: holds NaN or infinity; the training that wrote it diverged")
+    return model
 
 
-def reorder(value, dim: int, order: tuple[int, ...]):
-    """A tensor's slices along dim in that order; what has another number of them stays, for set_weights to refuse."""
-    fits = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == len(order)
-    return value.index_select(dim, torch.tensor(order)) if fits else value
+def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    if content.get("method") != method or not {"model", "reading"} <= set(content):
+        raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
+    return content["model"], content["settings"], content["reading"]
 
 
-def load_draem(path: str | Path) -> DraemModel:
-    """A trained model in eval mode, for RGB, of the size that the weights have. ValueError in one line.
+def reorder(state: dict, channels) -> None:
+    """Put the channels of some of the state's tensors into another order: (key, dimension, order) each."""
+    for key, dimension, order in channels:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.ndim > dimension and value.shape[dimension] == len(order):
+            state[key] = value.index_select(dimension, torch.tensor(order))
+
+
+def anomalib_reading(content: dict) -> dict:
+    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    config = content.get("anomalib_pre_processor_config") or {}
+    steps = config.get("transform", {}).get("init_args", {}).get("transforms", [])
+    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
+    size = sizes[0] if sizes else 256
+    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
+
+
+FIRST, SECOND = "reconstructive_subnetwork.", "discriminative_subnetwork."
+BGR = (2, 1, 0)  # turns the order of three channels round
+# Whose channels are images: key, dimension, order that makes weights trained on BGR take and give RGB.
+AUTHORS_CHANNELS = ((FIRST + "encoder.block1.0.weight", 1, BGR),
+                    (FIRST + "decoder.fin_out.0.weight", 0, BGR),
+                    (FIRST + "decoder.fin_out.0.bias", 0, BGR),
+                    (SECOND + "encoder_segment.block1.0.weight", 1, (*BGR, 5, 4, 3)))
+# anomalib's SSPCAB under ristea/sspcab's names; its second and third convolution change places.
+ANOMALIB_SSPCAB = {"masked_conv1.": "conv1.", "masked_conv2.": "conv3.", "masked_conv3.": "conv2.",
+                   "masked_conv4.": "conv4.", "attention_module.": "se."}
+
+
+def load(path: str | Path) -> DraemModel:
+    """A trained model in eval mode, for RGB. ValueError in one line.
 
     Told apart by their keys: this project's last.pt; the authors' pair, RUN_CLASS_.pckl with RUN_CLASS__seg.pckl beside
     it; anomalib's checkpoint. The authors' networks saw BGR: their image channels are turned round. anomalib feeds the
     second network (image, reconstruction): its six channels are put into the paper's order.
     """
-    path, content = Path(path), read_weights(path)
-    first, second = "reconstructive_subnetwork.", "discriminative_subnetwork."
-    if "model" in content:
-        if content.get("method") != "draem":
-            raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of draem")
-        state = content["model"]
+    path = Path(path)
+    content = read_weights(path)
+    settings, reading = {}, {"size": PUBLISHED["size"], "antialias": False}
+    if "settings" in content:
+        state, settings, reading = own_parts(content, "draem", path)
     elif "state_dict" in content:
-        state = {k.removeprefix("model."): v for k, v in content["state_dict"].items()
-                 if k.startswith(("model." + first, "model." + second))}
-        if any(".masked_conv" in k for k in state):
-            warnings.warn(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU; the maps will not be the same")
-            for old, new in (("masked_conv1.", "conv1."), ("masked_conv2.", "conv3."), ("masked_conv3.", "conv2."),
-                             ("masked_conv4.", "conv4."), ("attention_module.", "se.")):
-                state = {k.replace("block5." + old, "block5." + new): v for k, v in state.items()}
-        conv = second + "encoder_segment.block1.0.weight"
-        state[conv] = reorder(state.get(conv), 1, (3, 4, 5, 0, 1, 2))
+        state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()
+                 if key.startswith(("model." + FIRST, "model." + SECOND))}
+        if any(".masked_conv" in key for key in state):
+            print(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU: the maps will not be the same",
+                  file=sys.stderr)
+            for old, new in ANOMALIB_SSPCAB.items():
+                state = {key.replace("block5." + old, "block5." + new): value for key, value in state.items()}
+        reorder(state, [(SECOND + "encoder_segment.block1.0.weight", 1, (3, 4, 5, 0, 1, 2))])
+        reading = anomalib_reading(content)
     elif "encoder.block1.0.weight" in content:
         beside = path.with_name(path.stem + "_seg" + path.suffix)
-        state = {first + k: v for k, v in content.items()} | {second + k: v for k, v in read_weights(beside).items()}
-        for key, dim, order in ((first + "encoder.block1.0.weight", 1, (2, 1, 0)),
-                                (first + "decoder.fin_out.0.weight", 0, (2, 1, 0)),
-                                (first + "decoder.fin_out.0.bias", 0, (2, 1, 0)),
-                                (second + "encoder_segment.block1.0.weight", 1, (2, 1, 0, 5, 4, 3))):
-            state[key] = reorder(state.get(key), dim, order)
+        state = {FIRST + key: value for key, value in content.items()}
+        state |= {SECOND + key: value for key, value in read_weights(beside).items()}
+        reorder(state, AUTHORS_CHANNELS)
     else:
         raise ValueError(f"{path}: neither this project's checkpoint, nor the authors' first file "
                          f"(RUN_CLASS_.pckl), nor anomalib's; it begins with {', '.join(map(str, list(content)[:3]))}")
-    widths = [state[k].shape[0] if isinstance(state.get(k), Tensor) and state[k].ndim == 4 else w for k, w in
-              ((first + "encoder.block1.0.weight", 128), (second + "encoder_segment.block1.0.weight", 64))]
-    model = DraemModel(widths[0], sspcab=first + "encoder.block5.conv1.weight" in state)
-    model.discriminative_subnetwork = DiscriminativeSubNetwork(base_width=widths[1])
-    set_weights(model, state, path)
+    first_conv = state.get(FIRST + "encoder.block1.0.weight")
+    if not settings and isinstance(first_conv, Tensor):  # a released file: its shapes tell
+        settings = {"width": len(first_conv), "sspcab": FIRST + "encoder.block5.conv1.weight" in state}
+    model = build(DraemModel, settings, state, path)
+    model.reading = reading
     return model.eval()
