@@ -5,14 +5,14 @@ Papers
     Detection, 2019, arXiv 1909.11786: one density a class over reduced features; the score is the likelihood ("nll").
     Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
     Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre"), which also gives a map.
-    The authors released no code. Layer, pooling and share of variance default to anomalib's (2.7.0).
+    The authors released no code. Layer, pooling and share of variance are anomalib's (2.7.0).
 
 Here
     principal_axes                          centred SVD in float64, shared by the two below
     PCA, SingleClassGaussian                fit on rows of any features; no network needed
     ResNet                                  resnet18, resnet50, wide_resnet50_2 under torchvision's keys
     DFMModel                                image -> features -> PCA -> FRE and map, or NLL; one PCA a class
-    load_resnet, load_dfm                   torchvision's weights; what train.py wrote
+    load_resnet, load                       torchvision's weights; a fitted model of this project or of anomalib
 
 Notation (n samples; d = C * h * w values each; k directions kept)
     f       features            (n, C, h, w)    pooled features of a layer, or any (n, d)
@@ -30,6 +30,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PUBLISHED = {
+    "size": 256,             # side of the square images, in pixels (anomalib)
+    "backbone": "resnet50",  # anomalib
+    "layer": "layer3",       # whose features are taken (anomalib)
+    "pooling": 4,            # kernel and stride of the average pooling (anomalib)
+    "share": 0.97,           # of the variance, which PCA keeps (anomalib)
+    "score": "fre",          # feature reconstruction error (2012.04250); "nll" is the likelihood (1909.11786)
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # PCA and Gaussian
@@ -92,7 +101,7 @@ class PCA(_Subspace):
     ValueError where fewer directions vary.
     """
 
-    def __init__(self, n_components: float | int = 0.97):
+    def __init__(self, n_components: float | int = PUBLISHED["share"]):
         super().__init__()
         if not (n_components >= 1 if isinstance(n_components, int) else 0 < n_components <= 1):
             raise ValueError(f"n_components: a share in (0, 1] or a count from 1 on, got {n_components}")
@@ -193,7 +202,7 @@ class ResNet(nn.Module):
     (N, C, 1, 1) for avgpool. Frozen: always in eval mode, so that no BatchNorm statistic moves.
     """
 
-    def __init__(self, name: str = "resnet50", layer: str = "layer3"):
+    def __init__(self, name: str = PUBLISHED["backbone"], layer: str = PUBLISHED["layer"]):
         super().__init__()
         if name not in RESNETS:
             raise ValueError(f"backbone {name!r}: one of {', '.join(RESNETS)} is needed")
@@ -247,20 +256,23 @@ class DFMModel(nn.Module):
 
         model = DFMModel("resnet18", pooling_kernel_size=2)
         model.fit(torch.cat([model.features(image) for image in loader]))  # memory for the features alone
-        score, anomaly_map = model.predict(image)
+        prediction = model.predict(image)  # {"score": (N,), "anomaly_map": (N, H, W)}
 
-    The constructor's arguments that a checkpoint needs are in `settings`, the rest in state_dict. With features of
-    one's own, (n, C, h, w) or (n, d), `fit` and `score_features` do without the backbone.
+    `settings` holds the arguments, to be saved with the weights. `reading` is how images were read for fit, {} where
+    unknown: the keywords of this project's common.read_image. With features of one's own, (n, C, h, w) or (n, d), `fit`
+    and `score_features` do without the backbone.
     """
 
-    def __init__(self, backbone: str = "resnet50", layer: str = "layer3", pre_trained: bool | str | Path = True,
-                 pooling_kernel_size: int = 4, n_comps: float | int = 0.97, score_type: str = "fre"):
+    def __init__(self, backbone: str = PUBLISHED["backbone"], layer: str = PUBLISHED["layer"],
+                 pre_trained: bool | str | Path = True, pooling_kernel_size: int = PUBLISHED["pooling"],
+                 n_comps: float | int = PUBLISHED["share"], score_type: str = PUBLISHED["score"]):
         super().__init__()
         if score_type not in ("fre", "nll"):
             raise ValueError(f"score_type {score_type!r}: fre or nll is needed")
         if pooling_kernel_size < 1:
             raise ValueError(f"pooling_kernel_size {pooling_kernel_size}: at least 1 is needed")
         PCA(n_comps)  # refuses a bad share now, not after the features
+        self.reading = {}
         self.settings = dict(backbone=backbone, layer=layer, pooling_kernel_size=pooling_kernel_size,
                              n_comps=n_comps, score_type=score_type)
         self.layer, self.pooling_kernel_size = layer, pooling_kernel_size
@@ -330,17 +342,22 @@ class DFMModel(nn.Module):
         return self.score_features(self.features(image))
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """image (N, 3, H, W), RGB in [0, 1] -> score (N,), anomaly_map (N, H, W) or None for NLL, float32."""
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        """image (N, 3, H, W), RGB in [0, 1] -> score (N,) and, for FRE, anomaly_map (N, H, W), float32.
+
+        ValueError for another kind of image.
+        """
+        check_image(image)
         score, grid = self(image)
-        if grid is not None:
-            grid = F.interpolate(grid[:, None].float(), image.shape[-2:], mode="bilinear")[:, 0]
-        return score.float(), grid
+        if grid is None:
+            return {"score": score.float()}
+        anomaly_map = F.interpolate(grid[:, None].float(), image.shape[-2:], mode="bilinear")[:, 0]
+        return {"score": score.float(), "anomaly_map": anomaly_map}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name, build in (("pca", lambda: PCA(self.n_comps)), ("gaussian", SingleClassGaussian)):
+        for name, part in (("pca", lambda: PCA(self.n_comps)), ("gaussian", SingleClassGaussian)):
             classes = sum(key.startswith(f"{prefix}{name}.") and key.endswith(".mean") for key in state_dict)
-            setattr(self, name, nn.ModuleList(build() for _ in range(classes)).to(self.map_scale.device))
+            setattr(self, name, nn.ModuleList(part() for _ in range(classes)).to(self.map_scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -350,47 +367,102 @@ def _as_maps(features: Tensor) -> Tensor:
     return features if features.ndim == 4 else features[:, :, None, None]
 
 
+def check_image(image: Tensor) -> None:
+    """ValueError unless image is floats (N, 3, H, W) in [0, 1]."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return  # a graph cannot depend on values
+    if not image.is_floating_point():
+        raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
+    low, high = (value.item() for value in image.float().aminmax())
+    if not -1e-3 <= low <= high <= 1.001:
+        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; the model itself applies "
+                         "ImageNet's mean and standard deviation")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
+# Copied from draem.Inert
+class Inert:
+    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
 # Copied from draem.read_weights
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line."""
+    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+
+    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    """
+    path = str(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if "GLOBAL " not in str(error):  # the pickle names no class or function: the file is damaged
+                raise
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if any(name.startswith("anomalib.") for name in named):
+                raise ValueError(f"{path}: an export of anomalib, which holds code; give the .ckpt of its training")
+            if not all(name.startswith("torchvision.transforms.") for name in named):
+                raise ValueError(f"{path}: holds more than tensors and could run code; save its state dict alone")
+            with torch.serialization.safe_globals([(Inert, name) for name in named]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
-        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
-                                        if unsafe else "truncated, or not a file of weights")) from None
+        own = isinstance(error, ValueError) and str(error).startswith(path)
+        raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
     return content
 
 
-# Copied from draem.set_weights
-def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
-    """load_state_dict, strict, with the first few differences in one line: ValueError."""
-    own = module.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if isinstance(state.get(k), Tensor) and state[k].shape != own[k].shape]
-    faults = {"missing": [k for k in own if not isinstance(state.get(k), Tensor)],
-              "unknown": [str(k) for k in state if k not in own], "of another shape": shapes,
-              "not finite": [k for k in own if isinstance(state.get(k), Tensor) and not state[k].isfinite().all()]}
-    found = [f"{len(keys)} entries {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-             for fault, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{path}: does not fit {type(module).__name__}: " + "; ".join(found))
-    module.load_state_dict(state)
+# Copied from draem.build
+def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
+    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    try:
+        model = kind(**settings)
+        model.load_state_dict(state)
+    except Exception as error:  # unknown settings, other keys or shapes, values that are no tensors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: does not fit {kind.__name__}: {reason[:300]}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path}: holds NaN or infinity; the training that wrote it diverged")
+    return model
+
+
+# Copied from draem.own_parts
+def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    if content.get("method") != method or not {"model", "reading"} <= set(content):
+        raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
+    return content["model"], content["settings"], content["reading"]
+
+
+# Copied from draem.anomalib_reading
+def anomalib_reading(content: dict) -> dict:
+    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    config = content.get("anomalib_pre_processor_config") or {}
+    steps = config.get("transform", {}).get("init_args", {}).get("transforms", [])
+    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
+    size = sizes[0] if sizes else 256
+    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
 
 
 def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
     """Reads torchvision's state dict from a file, or from torch.hub's cache or, its hash checked, the network.
 
-    The model is trimmed: entries after its layer may be missing and are left out, and so may num_batches_tracked.
-    ValueError, in one line, names the first few entries that are missing, unknown, of another shape or not finite.
+    A file may hold it under "state_dict" and its keys may begin with "module." or "backbone.". The model is trimmed:
+    entries after its layer may be missing and are left out, and so may num_batches_tracked. ValueError in one line.
     """
     if path is None:
         path = URLS[model.name]
@@ -400,24 +472,50 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
             raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file "
                              "(--weights FILE), random weights (--weights random), or a network") from None
     else:
-        state = read_weights(path)
-    own, later = model.trim().state_dict(), {*LAYERS, "fc"} - {*model.layers}
-    state = {key: value for key, value in state.items() if str(key).split(".")[0] not in later}
+        content = read_weights(path)
+        state = {str(key).removeprefix("module.").removeprefix("backbone."): value
+                 for key, value in content.get("state_dict", content).items()}
+    own = model.trim().state_dict()
+    later = {*LAYERS, "fc"} - {*model.layers}
+    state = {key: value for key, value in state.items() if key.split(".")[0] not in later}
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
-    set_weights(model, counters | state, path)
-    return model
+
+    def resnet() -> ResNet:  # build's errors name it
+        return model
+
+    return build(resnet, {}, counters | state, path)
 
 
-def load_dfm(path: str | Path) -> DFMModel:
-    """Reads a fitted model, {"method": "dfm", "settings": model.settings, "model": model.state_dict()}; ValueError."""
+def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:
+    """State and settings of an anomalib Dfm checkpoint: (d, k) singular vectors are the components, transposed."""
+    given, state = content.get("hyper_parameters", {}), content["state_dict"]
+    if "model.pca_model.singular_vectors" not in state or given.get("score_type") != "fre":
+        raise ValueError(f"{path}: an anomalib checkpoint, but not of a fitted Dfm with score_type fre")
+    settings = {"backbone": given["backbone"], "layer": given["layer"], "n_comps": given["pca_level"],
+                "pooling_kernel_size": given["pooling_kernel_size"], "score_type": "fre"}
+    prefix = "model.feature_extractor.feature_extractor."
+    network = {key.replace(prefix, "backbone."): value for key, value in state.items() if key.startswith(prefix)}
+    kernels, _, _, width = RESNETS[settings["backbone"]]
+    channels = width << LAYERS.index(settings["layer"])
+    mean = state["model.pca_model.mean"].double()
+    side = math.isqrt(len(mean) // channels)  # of the pooled map; images were square
+    shown = state.get("post_processor.pixel_max", torch.tensor(math.nan))  # the largest value of its own maps
+    return network | {"pca.0.mean": mean.reshape(channels, side, side),
+                      "pca.0.components": state["model.pca_model.singular_vectors"].double().T,
+                      "map_scale": shown if shown.isfinite() and shown > 0 else torch.ones(())}, settings
+
+
+def load(path: str | Path) -> DFMModel:
+    """A fitted model: this project's last.pt or anomalib's Dfm checkpoint, told apart by their keys. ValueError."""
     content = read_weights(path)
-    if content.get("method") != "dfm" or not {"settings", "model"} <= set(content):
-        raise ValueError(f"{path}: not a checkpoint of dfm, it begins with {', '.join(map(str, list(content)[:3]))}")
-    try:
-        model = DFMModel(**{**content["settings"], "pre_trained": False})
-        model.load_state_dict(content["model"])
-        if bad := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
-            raise ValueError(f"{len(bad)} entries not finite ({', '.join(bad[:3])})")
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: does not fit the model: {' '.join(str(error).split())[:200]}") from None
+    if "settings" in content:
+        state, settings, reading = own_parts(content, "dfm", path)
+    elif "state_dict" in content:
+        state, settings = anomalib_parts(content, path)
+        reading = anomalib_reading(content)
+    else:
+        raise ValueError(f"{path}: neither this project's checkpoint nor anomalib's; it begins with "
+                         + ", ".join(map(str, list(content)[:3])))
+    model = build(DFMModel, settings | {"pre_trained": False}, state, path)
+    model.reading = reading
     return model.eval()

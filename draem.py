@@ -526,16 +526,16 @@ def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tenso
     return F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
 
 
-def check_image(image: Tensor, multiple: int) -> None:
-    """ValueError unless image is floats (N, 3, H, W) in [0, 1], H and W multiples of `multiple`."""
+def check_image(image: Tensor, least: int) -> None:
+    """ValueError unless image is floats (N, 3, H, W) in [0, 1], H and W multiples of 32 and `least` or more."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return  # a graph cannot depend on values
     if not image.is_floating_point():
         raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
     if image.ndim != 4 or image.shape[1] != 3:
         raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
-    if image.shape[2] % multiple or image.shape[3] % multiple:
-        raise ValueError(f"image: sides of a multiple of {multiple} are needed, found {tuple(image.shape[2:])}")
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return  # a graph cannot depend on values
+    if image.shape[2] % 32 or image.shape[3] % 32 or min(image.shape[2:]) < least:
+        raise ValueError(f"image: sides of {least} or more, in steps of 32, are needed, found {tuple(image.shape[2:])}")
     low, high = (value.item() for value in image.float().aminmax())
     if not -1e-3 <= low <= high <= 1.001:
         raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "

@@ -1,29 +1,47 @@
 """DSR: a dual subspace re-projection network for surface anomaly detection.
 
-Paper: Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv 2208.01521. Authors' code: VitjanZ/DSR_anomaly_detection @ 672bfb8,
-"the code" below. It lacks stage 1, which follows the paper here.
+Paper: Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv 2208.01521. "The code" is the authors',
+VitjanZ/DSR_anomaly_detection @ 672bfb8. It has no stage 1, which follows the paper here.
 
-An image is written in the codes of two codebooks, a coarse and a fine one, learned from all sorts of images. Anomalies
-are simulated by swapping codes for others; some networks learn to put the product's own codes back, another compares
-the images that are drawn from both. Training has three stages: 1, the codebooks and their general decoder, on any
-images; 2, everything that detects, on one product's faultless images; 3, a module that sharpens the mask. This file
-holds, in order: simulated anomalies, losses, the discrete latent model, the modules trained for each product, the
-model, and readers for released weights. It needs torch alone.
+An image is written in the codes of two codebooks, a coarse one (lo) and a fine one (hi), learned from all sorts of
+images. Anomalies are simulated by swapping codes for others. Some networks learn to put the product's own codes back;
+another compares the images that are drawn from both. Training has three stages:
 
-    paper       here                      shape                   range
-    I           image                     (N, 3, H, W)            [0, 1], RGB; H and W multiples of 32, at least 64
-    K_lo, K_hi  vq_vae_top, vq_vae_bot    (K, D)                  codebooks of K = num_embeddings, D = embedding_dim
-    F_lo, F_hi  features                  as Q_lo, Q_hi           before quantization
-    Q_lo        lo                        (N, D, H / 8, W / 8)    rows of K_lo
-    Q_hi        hi                        (N, D, H / 4, W / 4)    rows of K_hi
-    F~_lo, hi   restricted_lo, _hi        as lo, hi               put back to normal, before quantization
-    lambda_s    strength                  (N,)                    share of the codebook that replacements come from
-    M           mask                      (N, 1, H, W)            1 = anomalous, 0 = normal, throughout
-    I_gen       general                   (N, 3, H, W)            drawn by the general appearance decoder
-    I_spc       specific                  (N, 3, H, W)            drawn by the object-specific decoder
-    M_o         coarse                    (N, H, W)               [0, 1], the softmax of logits (N, 2, H, W)
-    -           anomaly_map               (N, H, W)               [0, 1], likewise, after the upsampling module
-    eta         score                     (N,)                    [0, 1]
+    1  DiscreteLatentModel      codebooks and general decoder, on any images
+    2  DsrModel.begin(2)        everything that detects, on one product's faultless images; stage 1's model is frozen
+    3  DsrModel.begin(3)        the module that sharpens the mask, on the same images; everything else is frozen
+
+This file holds, in order: the published settings, simulated anomalies, losses, the discrete latent model, the modules
+trained for each product, the model with its training steps, and readers for trained weights. It needs torch alone.
+Five lines train a stage:
+
+    model, generator = DsrModel(load_codebook()), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.begin(2), PUBLISHED["lr"])
+    terms = model.losses(image, generator)  # in every step, on a new batch
+    sum(terms.values()).backward()
+    optimizer.step()  # then optimizer.zero_grad()
+
+    paper       here                    released code, anomalib   shape                 range
+    I           image                   -                         (N, 3, H, W)          [0, 1], RGB; H, W as below
+    K_lo        codebook_lo             _vq_vae_top               (K, D)                K codes of D values
+    K_hi        codebook_hi             _vq_vae_bot               (K, D)
+    -           encoder_lo, encoder_hi  _encoder_t, _encoder_b    EncoderTop, EncoderBot
+    -           project_lo, project_hi  _pre_vq_conv_top, _bot    1 x 1 convs to F_lo and F_hi
+    -           upsample_lo             upsample_t                Q_lo at the size of Q_hi
+    -           general_decoder         _decoder_b                DecoderBot
+    F_lo, F_hi  features                -                         as Q_lo, Q_hi         before quantization
+    Q_lo        lo                      quantized_t               (N, D, H / 8, W / 8)  rows of K_lo
+    Q_hi        hi                      quantized_b               (N, D, H / 4, W / 4)  rows of K_hi
+    F~_lo, hi   restricted_lo, _hi      -                         as lo, hi             put back to normal
+    lambda_s    strength                anom_par                  (N,)                  share of the codebook, see below
+    M           mask                    -                         (N, 1, H, W)          1 = anomalous, throughout
+    I_gen       general                 -                         (N, 3, H, W)          by the general decoder
+    I_spc       specific                -                         (N, 3, H, W)          by the object-specific decoder
+    M_o         coarse                  -                         (N, H, W)             [0, 1], softmax of its logits
+    -           anomaly_map             -                         (N, H, W)             [0, 1], after upsampling
+    eta         score                   -                         (N,)                  [0, 1]
+
+H and W are multiples of 32, and at least 64.
 """
 import io
 import math
@@ -32,9 +50,43 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PUBLISHED = {
+    "size": 256,                    # side of the square images, in pixels
+    "lr": 2e-4,                     # of Adam, in every stage
+    # stage 1
+    "hiddens": 128,                 # width of the encoders and decoders
+    "residual_layers": 2,           # of each encoder and decoder
+    "residual_hiddens": 64,         # width inside them
+    "codes": 4096,                  # in each codebook, K
+    "code_length": 128,             # values of a code, D
+    "decay": 0.99,                  # of the codebooks' moving averages
+    "commitment_cost": 0.25,        # weight of the commitment terms
+    "pretrain_steps": 200_000,      # on ImageNet
+    "pretrain_batch": 32,
+    # stage 2
+    "steps": 100_000,
+    "batch": 8,
+    "drops": (0.8,),                # shares of the steps after which lr is a tenth: 80,000
+    "drop_factor": 0.1,
+    "width": 64,                    # of the first block of the detection and upsampling modules
+    "lambda_s": (0.2, 1.0),         # range of the share of the codebook, nearest first, that a swap may draw from
+    "skipped": 0.05,                # share of the codebook, nearest first, that no swap draws: 204 of 4096
+    "both_share": 0.5,              # anomalous samples with both levels swapped; lo alone and hi alone share the rest
+    "normal_share": 0.5,            # samples that get no anomaly (the code)
+    "noise_threshold": 0.5,         # mask = noise > threshold
+    "rotation": 90.0,               # degrees, at most, by which normal images are turned (the code)
+    "rotation_share": 0.4,          # of the normal images in stage 2 (the code)
+    "reconstruction_lambda": 10.0,  # weight of the object-specific decoder's squared error
+    # stage 3
+    "upsampling_steps": 20_000,
+    "upsampling_rotation_share": 0.3,  # of the normal images in stage 3 (the code)
+    "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; its code has [0.2, 1.0]
+    # score
+    "window": 21,                   # side of the mean filter at 256 x 256 (the code)
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Simulated anomalies. Everything random comes from `generator`, on whose device all of it is computed.
@@ -69,28 +121,35 @@ def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
     return math.sqrt(2) * torch.lerp(top, bottom, fade_y)
 
 
+# Copied from draem.turned_grid
+def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel coordinates y, x (N, height, width) of a picture turned about its centre by angle (N,), in radians."""
+    y = torch.arange(height, device=angle.device).view(1, -1, 1) - (height - 1) / 2
+    x = torch.arange(width, device=angle.device).view(1, 1, -1) - (width - 1) / 2
+    cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    return cos * y - sin * x + (height - 1) / 2, sin * y + cos * x + (width - 1) / 2
+
+
 # Copied from draem.perlin_noise
 def perlin_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """`count` independent noise images (count, height, width), of any size.
 
-    As in the code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture; to turn
-    the coordinates instead costs less and blurs nothing.
+    DRAEM's code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
+    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture. Here the
+    coordinates are turned, which blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
-    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # enough for the finest lattice
-    angle = uniform(generator, -math.pi / 2, math.pi / 2, count, 1, 1)
-    y = torch.arange(height, device=device).view(1, -1, 1) - (height - 1) / 2
-    x = torch.arange(width, device=device).view(1, 1, -1) - (width - 1) / 2
-    y, x = angle.cos() * y - angle.sin() * x + (height - 1) / 2, angle.sin() * y + angle.cos() * x + (width - 1) / 2
+    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; enough for the finest lattice
+    y, x = turned_grid(height, width, uniform(generator, -math.pi / 2, math.pi / 2, count))
     inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
-    y, x = y.clamp(0, height - 1) * cells[0] / height, x.clamp(0, width - 1) * cells[1] / width
+    y = y.clamp(0, height - 1) * cells[0] / height
+    x = x.clamp(0, width - 1) * cells[1] / width
     return gradient_noise(y, x, angles) * inside
 
 
-# Copied from draem.change
-def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
+# Copied from draem.apply_where
+def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
     """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
     if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
@@ -104,30 +163,31 @@ def change(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tenso
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
     """Turn each sample about its centre by its own angle (N,): bilinear, black where nothing was."""
     height, width = image.shape[2:]
-    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
-    zero = torch.zeros_like(cos)
-    matrix = torch.stack((cos, -sin * height / width, zero, sin * width / height, cos, zero), 1).view(-1, 2, 3)
-    return F.grid_sample(image, F.affine_grid(matrix, list(image.shape), align_corners=False), align_corners=False)
+    y, x = turned_grid(height, width, degrees.deg2rad())
+    grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
+    return F.grid_sample(image, grid, align_corners=False)
 
 
 # Copied from draem.rotate_normals
-def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float = 45, share: float = 0.3) -> Tensor:
-    """Turn a share of the normal images by up to +-degrees: DRAEM's angle (its code has 90), and its code's share."""
+def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float, share: float) -> Tensor:
+    """Turn a share of the normal images, each by its own angle of up to +-degrees."""
     chosen = uniform(generator, 0, 1, len(image)) < share
-    return change(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
+    return apply_where(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
 
-def perlin_mask(count: int, height: int, width: int, generator: torch.Generator, normal_share: float) -> Tensor:
-    """Masks (count, 1, height, width): noise > 0.5, empty for `normal_share` of the samples, as in DRAEM."""
+# Copied from draem.perlin_mask
+def perlin_mask(count: int, height: int, width: int, generator: torch.Generator, normal_share: float,
+                threshold: float) -> Tensor:
+    """Masks (count, 1, height, width): noise > threshold, empty for `normal_share` of the samples."""
     anomalous = uniform(generator, 0, 1, count, 1, 1) >= normal_share
-    return ((perlin_noise(count, height, width, generator) > 0.5) & anomalous)[:, None].float()
+    return ((perlin_noise(count, height, width, generator) > threshold) & anomalous)[:, None].float()
 
 
 @torch.no_grad()
 def rank_codes(codes: Tensor) -> Tensor:
     """Row k of (K, K): all codes (K, D) by their distance to code k, the nearest (k itself) first.
 
-    Once for a trained codebook: 4096 codes take about a second on a CPU core, and 64 MiB.
+    Made once for a trained codebook: 4096 codes take about a second on a CPU core, and 64 MiB.
     """
     codes = codes - codes.mean(0)  # for exactness, as in VectorQuantizer.nearest
     norms = codes.square().sum(1)
@@ -138,31 +198,34 @@ def rank_codes(codes: Tensor) -> Tensor:
 @torch.no_grad()
 def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, strength: Tensor,
                               generator: torch.Generator) -> Tensor:
-    """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook, whose K codes are sorted by
-    distance: the nearest 5 % (204 of 4096) are skipped, those from there to strength (N,) * K are equally likely.
+    """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
-    `ranked` is rank_codes(codebook), distances being those between codes. So a swap is a look-up in a table: it costs
-    next to nothing wherever the mask is, and as no shape depends on the mask, the host need not wait for the device.
+    Of its K codes, sorted by distance, the first int(strength * K) + 1 less the first int(0.05 * K) are candidates, all
+    equally likely (train_dsr.py:31-40). strength (N,). The code sorts by distance from the unquantized
+    feature. Here `ranked` is rank_codes(codebook), sorted by distance from the position's own code: a swap is a look-up
+    in a table made once, and no shape depends on the mask, so that the host does not wait for the device.
     """
     count = len(ranked)
-    first = int(0.05 * count)
-    candidates = (strength * count).floor().clamp(first + 1, count) - first  # one at least
-    draw = uniform(generator, 0, 1, *index.shape) * candidates.view(-1, 1, 1)
-    rank = first + torch.minimum(draw.floor(), candidates.view(-1, 1, 1) - 1).long()
+    first = int(PUBLISHED["skipped"] * count)
+    nearest = (strength * count).floor() + 1
+    candidates = (nearest.clamp(first + 1, count) - first).view(-1, 1, 1)  # one at least
+    draw = (uniform(generator, 0, 1, *index.shape) * candidates).floor()
+    rank = first + torch.minimum(draw, candidates - 1).long()
     return torch.where(mask[:, 0] > 0, ranked[index, rank].long(), index)
 
 
 @torch.no_grad()
-def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[float, float] = (0.1, 1.0),
-                       normal_share: float = 0.5) -> tuple[Tensor, Tensor]:
+def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[float, float] = PUBLISHED["beta"],
+                       normal_share: float = PUBLISHED["normal_share"]) -> tuple[Tensor, Tensor]:
     """Stage 3: smudged = (1 - mask) * image + (1 - beta) * (mask * image) + beta * (mask * colour)
 
     One plain random colour a sample. Takes image (N, 3, H, W) in [0, 1] on the generator's device; returns smudged,
-    likewise, and mask (N, 1, H, W). beta is drawn from its range for each sample, as in DRAEM, and weights the colour.
+    likewise, and mask (N, 1, H, W). beta is drawn from its range for each sample.
     """
     count, _, height, width = image.shape
-    mask = perlin_mask(count, height, width, generator, normal_share)
-    colour, beta = uniform(generator, 0, 1, count, 3, 1, 1), uniform(generator, *beta, count, 1, 1, 1)
+    mask = perlin_mask(count, height, width, generator, normal_share, PUBLISHED["noise_threshold"])
+    colour = uniform(generator, 0, 1, count, 3, 1, 1)
+    beta = uniform(generator, *beta, count, 1, 1, 1)
     return torch.lerp(image, colour, beta * mask), mask
 
 
@@ -188,33 +251,8 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(x.float(), y.float())
 
 
-def codebook_loss(image: Tensor, reconstruction: Tensor, commitment: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Stage 1: squared error of the image + commitment of F_lo and of F_hi: the sum of the terms."""
-    return {"reconstruction": squared_error(reconstruction, image),
-            "commitment_lo": commitment[0], "commitment_hi": commitment[1]}
-
-
-def detection_loss(image: Tensor, simulated: "Simulated", restricted_lo: Tensor, restricted_hi: Tensor,
-                   general: Tensor, specific: Tensor, logits: Tensor) -> dict[str, Tensor]:
-    """Stage 2: focal + MSE(restricted_hi, Q_hi) + MSE(restricted_lo, Q_lo) + 10 * MSE(specific, image)
-
-    Q are the codes before the swap. What follows `simulated` is what DsrModel.detect returns; `general`, which frozen
-    parts draw, carries no loss.
-    """
-    return {"focal": focal_loss(logits, simulated.mask),
-            "restriction_hi": squared_error(restricted_hi, simulated.normal_hi),
-            "restriction_lo": squared_error(restricted_lo, simulated.normal_lo),
-            "reconstruction": 10 * squared_error(specific, image)}
-
-
-def upsampling_loss(logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Stage 3: focal, at the image's full size."""
-    return {"focal": focal_loss(logits, mask)}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The discrete latent model: a VQ-VAE-2 of two levels. Here and below, attribute names are the authors' without leading
-# underscores, so that released weights fit. Restriction and upsampling modules start from PyTorch's initial weights.
+# The discrete latent model: a VQ-VAE-2 of two levels (stage 1).
 
 
 def eager_on_cpu(x: Tensor) -> bool:
@@ -225,17 +263,15 @@ def eager_on_cpu(x: Tensor) -> bool:
 class VectorQuantizer(nn.Module):
     """A codebook (K, D), and the replacement of features (N, D, h, w) by their nearest codes.
 
-    Learned by exponential moving averages (decay 0.99) of how many features a code stands for, and of their sum:
-    no gradient reaches the codes, and only `forward` in training mode changes them.
+    Learned by exponential moving averages of how many features a code stands for, and of their sum: no gradient reaches
+    the codes, and only `forward` in training mode changes them.
     """
 
-    decay, epsilon, commitment_cost = 0.99, 1e-5, 0.25
-
-    def __init__(self, num_embeddings: int, embedding_dim: int):
+    def __init__(self, codes: int, code_length: int):
         super().__init__()
-        self.embedding = nn.Embedding(num_embeddings, embedding_dim).requires_grad_(False)
-        self.ema_w = nn.Parameter(torch.randn(num_embeddings, embedding_dim), requires_grad=False)
-        self.register_buffer("ema_cluster_size", torch.zeros(num_embeddings))
+        self.embedding = nn.Embedding(codes, code_length).requires_grad_(False)
+        self.ema_w = nn.Parameter(torch.randn(codes, code_length), requires_grad=False)
+        self.register_buffer("ema_cluster_size", torch.zeros(codes))
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
@@ -246,10 +282,13 @@ class VectorQuantizer(nn.Module):
         """
         with torch.autocast(features.device.type, enabled=False):
             mean = self.embedding.weight.mean(0)
-            rows, codes = features.float().movedim(1, -1) - mean, self.embedding.weight - mean
-            norms, rows, shape = codes.square().sum(1), rows.flatten(0, 2), rows.shape[:3]
-            parts = rows.split(512) if eager_on_cpu(rows) else (rows,)  # 8 MiB of distances, which stay in the cache
-            nearest = [torch.addmm(norms, part, codes.t(), alpha=-2).min(1)[1] for part in parts]  # half argmin's time
+            codes = self.embedding.weight - mean
+            norms = codes.square().sum(1)
+            rows = features.float().movedim(1, -1) - mean  # (N, h, w, D)
+            shape = rows.shape[:3]
+            rows = rows.flatten(0, 2)
+            parts = rows.split(512) if eager_on_cpu(rows) else (rows,)  # 8 MiB of distances stay in a CPU's cache
+            nearest = [torch.addmm(norms, part, codes.t(), alpha=-2).min(1)[1] for part in parts]
             return torch.cat(nearest).view(shape)
 
     def lookup(self, index: Tensor) -> Tensor:
@@ -260,72 +299,58 @@ class VectorQuantizer(nn.Module):
         features = features.float()
         return features + (self.lookup(self.nearest(features)) - features).detach()
 
-    def forward(self, features: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """quantize, commitment = 0.25 * MSE(features, codes), and perplexity, the number of codes in even use.
+    def forward(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """quantize, and commitment = 0.25 * MSE(features, codes). In training mode the codes then move to the features.
 
-        In training mode the codes then move towards the features; before it, with a generator, dead ones are revived.
-        Under torch.distributed all ranks move to what they would learn as one, if all have the same number of features.
+        Before that, dead codes are revived.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             rows = features.detach().movedim(1, -1).flatten(0, 2)
-            if self.training and generator is not None:
+            if self.training:
                 self.revive(rows, generator)
             index = self.nearest(features)
             codes = self.lookup(index)
-            counts = torch.zeros_like(self.ema_cluster_size).index_add_(0, index.flatten(), torch.ones_like(rows[:, 0]))
             if self.training:
-                counts = self.update(rows, index.flatten(), counts)
-            commitment = self.commitment_cost * F.mse_loss(features, codes)
-            perplexity = torch.special.entr(counts / counts.sum()).sum().exp()
-            return features + (codes - features).detach(), commitment, perplexity
+                self.update(rows, index.flatten())
+            commitment = PUBLISHED["commitment_cost"] * F.mse_loss(features, codes)
+            return features + (codes - features).detach(), commitment
 
     @torch.no_grad()
-    def update(self, rows: Tensor, index: Tensor, counts: Tensor) -> Tensor:
-        """One step of the moving averages; counts over all ranks. Sizes are smoothed (Laplace) as in the code."""
+    def update(self, rows: Tensor, index: Tensor) -> None:
+        """One step of the moving averages. Sizes are smoothed (Laplace) as in the code."""
+        counts = torch.zeros_like(self.ema_cluster_size).index_add_(0, index, torch.ones_like(rows[:, 0]))
         sums = torch.zeros_like(self.ema_w).index_add_(0, index, rows)
-        if ranks() > 1:
-            both = torch.cat((sums, counts[:, None]), 1)
-            dist.all_reduce(both)
-            sums, counts = both[:, :-1], both[:, -1]
-        size = torch.lerp(counts, self.ema_cluster_size, self.decay)
+        size = torch.lerp(counts, self.ema_cluster_size, PUBLISHED["decay"])
         total = size.sum()
-        size = (size + self.epsilon) / (total + len(size) * self.epsilon) * total
+        size = (size + 1e-5) / (total + len(size) * 1e-5) * total
         self.ema_cluster_size.copy_(size)
-        self.ema_w.lerp_(sums, 1 - self.decay)
+        self.ema_w.lerp_(sums, 1 - PUBLISHED["decay"])
         self.embedding.weight.copy_(self.ema_w / size[:, None])
-        return counts
 
     @torch.no_grad()
     def revive(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Set dead codes to random features of this batch; all of a new codebook, which so starts from features.
+        """Set dead codes to random features of this batch; all codes of a new codebook, which so starts from features.
 
         Dead is a code that less than one feature in ten steps chose, or, where codes outnumber a step's features, less
-        than a tenth of what each would get. Neither paper nor code has this. The draw is that of the first rank, over
-        the features of all.
+        than a tenth of what each would get. Neither paper nor code has this.
         """
-        pick = torch.randint(len(rows) * ranks(), self.ema_cluster_size.shape, generator=generator, device=rows.device)
-        if ranks() > 1:
-            dist.broadcast(pick, 0)
-        drawn = rows[pick % len(rows)]
-        if ranks() > 1:  # each rank adds the features it has
-            drawn = torch.where((pick // len(rows) == dist.get_rank())[:, None], drawn, 0)
-            dist.all_reduce(drawn)
-        least = 0.1 * min(1, len(rows) * ranks() / len(pick))
-        alive, size = self.ema_cluster_size >= least, 2 * least
-        self.ema_cluster_size.copy_(torch.where(alive, self.ema_cluster_size, size))
-        self.ema_w.copy_(torch.where(alive[:, None], self.ema_w, size * drawn))
+        drawn = rows[torch.randint(len(rows), self.ema_cluster_size.shape, generator=generator, device=rows.device)]
+        least = 0.1 * min(1, len(rows) / len(drawn))
+        alive = self.ema_cluster_size >= least
+        self.ema_cluster_size.copy_(torch.where(alive, self.ema_cluster_size, 2 * least))
+        self.ema_w.copy_(torch.where(alive[:, None], self.ema_w, 2 * least * drawn))
         self.embedding.weight.copy_(torch.where(alive[:, None], self.embedding.weight, drawn))
 
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    def perplexity(self) -> float:
+        """The number of codes in even use, by the moving averages: from 1 to K."""
+        return torch.special.entr(self.ema_cluster_size / self.ema_cluster_size.sum()).sum().exp().item()
 
 
 class Residual(nn.Module):
     """relu(x) + conv1x1(relu(conv3x3(relu(x)))): the code's ReLU works in place, so that relu(x) is what is added.
 
-    Here it does not, and the values are the same: in place, autograd refuses EncoderTop's backward pass.
+    Here it does not, and the values are the same. In place, autograd refuses encoder_lo's backward pass in stage 1.
     """
 
     def __init__(self, channels: int, hidden: int):
@@ -356,96 +381,106 @@ def double(inputs: int, outputs: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
 
 
-class EncoderBot(nn.Module):
-    """Encoder_hi: image (N, 3, H, W) -> (N, num_hiddens, H / 4, W / 4)."""
+class EncoderHi(nn.Module):
+    """Image (N, 3, H, W) -> (N, hiddens, H / 4, W / 4)."""
 
-    def __init__(self, num_hiddens: int, num_residual_layers: int, num_residual_hiddens: int):
+    def __init__(self, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
-        self.conv_1, self.conv_2 = halve(3, num_hiddens // 2), halve(num_hiddens // 2, num_hiddens)
-        self.conv_3 = nn.Conv2d(num_hiddens, num_hiddens, 3, padding=1)
-        self.residual_stack = ResidualStack(num_hiddens, num_residual_layers, num_residual_hiddens)
+        self.conv_1 = halve(3, hiddens // 2)
+        self.conv_2 = halve(hiddens // 2, hiddens)
+        self.conv_3 = nn.Conv2d(hiddens, hiddens, 3, padding=1)
+        self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_stack(self.conv_3(F.relu(self.conv_2(F.relu(self.conv_1(x))))))
 
 
-class EncoderTop(nn.Module):
-    """Encoder_lo: (N, num_hiddens, H / 4, W / 4) -> (N, num_hiddens, H / 8, W / 8)."""
+class EncoderLo(nn.Module):
+    """Encoded image (N, hiddens, H / 4, W / 4) -> (N, hiddens, H / 8, W / 8)."""
 
-    def __init__(self, num_hiddens: int, num_residual_layers: int, num_residual_hiddens: int):
+    def __init__(self, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
-        self.conv_1, self.conv_2 = halve(num_hiddens, num_hiddens), nn.Conv2d(num_hiddens, num_hiddens, 3, padding=1)
-        self.residual_stack = ResidualStack(num_hiddens, num_residual_layers, num_residual_hiddens)
+        self.conv_1 = halve(hiddens, hiddens)
+        self.conv_2 = nn.Conv2d(hiddens, hiddens, 3, padding=1)
+        self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.residual_stack(F.relu(self.conv_2(F.relu(self.conv_1(x)))))
 
 
-class DecoderBot(nn.Module):
+class GeneralDecoder(nn.Module):
     """The general appearance decoder: (N, in_channels, H / 4, W / 4) -> image (N, 3, H, W)."""
 
-    def __init__(self, in_channels: int, num_hiddens: int, num_residual_layers: int, num_residual_hiddens: int):
+    def __init__(self, in_channels: int, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
-        self.conv_1 = nn.Conv2d(in_channels, num_hiddens, 3, padding=1)
-        self.residual_stack = ResidualStack(num_hiddens, num_residual_layers, num_residual_hiddens)
-        self.conv_trans_1, self.conv_trans_2 = double(num_hiddens, num_hiddens // 2), double(num_hiddens // 2, 3)
+        self.conv_1 = nn.Conv2d(in_channels, hiddens, 3, padding=1)
+        self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
+        self.conv_trans_1 = double(hiddens, hiddens // 2)
+        self.conv_trans_2 = double(hiddens // 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_trans_2(F.relu(self.conv_trans_1(self.residual_stack(self.conv_1(x)))))
 
 
 class DiscreteLatentModel(nn.Module):
-    def __init__(self, num_hiddens: int, num_residual_layers: int, num_residual_hiddens: int,
-                 num_embeddings: int, embedding_dim: int):
+    """Both encoders, both codebooks and the general appearance decoder. `settings` holds the arguments."""
+
+    def __init__(self, hiddens: int = PUBLISHED["hiddens"], residual_layers: int = PUBLISHED["residual_layers"],
+                 residual_hiddens: int = PUBLISHED["residual_hiddens"], codes: int = PUBLISHED["codes"],
+                 code_length: int = PUBLISHED["code_length"]):
         super().__init__()
-        sizes = num_hiddens, num_residual_layers, num_residual_hiddens
-        self.encoder_t, self.encoder_b = EncoderTop(*sizes), EncoderBot(*sizes)
-        self.pre_vq_conv_top = nn.Conv2d(num_hiddens, embedding_dim, 1)
-        self.pre_vq_conv_bot = nn.Conv2d(num_hiddens + embedding_dim, embedding_dim, 1)
-        self.vq_vae_top = VectorQuantizer(num_embeddings, embedding_dim)
-        self.vq_vae_bot = VectorQuantizer(num_embeddings, embedding_dim)
-        self.decoder_b = DecoderBot(2 * embedding_dim, *sizes)
-        self.upsample_t = double(embedding_dim, embedding_dim)
+        self.settings = dict(hiddens=hiddens, residual_layers=residual_layers, residual_hiddens=residual_hiddens,
+                             codes=codes, code_length=code_length)
+        sizes = hiddens, residual_layers, residual_hiddens
+        self.encoder_lo = EncoderLo(*sizes)
+        self.encoder_hi = EncoderHi(*sizes)
+        self.project_lo = nn.Conv2d(hiddens, code_length, 1)
+        self.project_hi = nn.Conv2d(hiddens + code_length, code_length, 1)
+        self.codebook_lo = VectorQuantizer(codes, code_length)
+        self.codebook_hi = VectorQuantizer(codes, code_length)
+        self.general_decoder = GeneralDecoder(2 * code_length, *sizes)
+        self.upsample_lo = double(code_length, code_length)
 
     def encode_lo(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder_hi's output and F_lo."""
-        encoded = self.encoder_b(image)
-        return encoded, self.pre_vq_conv_top(self.encoder_t(encoded))
+        """encoder_hi's output (N, hiddens, H / 4, W / 4), and F_lo (N, D, H / 8, W / 8)."""
+        encoded = self.encoder_hi(image)
+        return encoded, self.project_lo(self.encoder_lo(encoded))
 
     def encode_hi(self, encoded: Tensor, lo: Tensor) -> Tensor:
-        """F_hi, which depends on Q_lo."""
-        return self.pre_vq_conv_bot(torch.cat((encoded, self.upsample_t(lo)), 1))
+        """F_hi (N, D, H / 4, W / 4), which depends on Q_lo."""
+        return self.project_hi(torch.cat((encoded, self.upsample_lo(lo)), 1))
 
     def join(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.cat((self.upsample_t(lo), hi), 1)  # (N, 2 D, H / 4, W / 4), what both decoders draw from
+        return torch.cat((self.upsample_lo(lo), hi), 1)  # (N, 2 D, H / 4, W / 4), what both decoders draw from
 
     def decode(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return self.decoder_b(self.join(lo, hi))
+        """The image (N, 3, H, W) that the general appearance decoder draws from Q_lo and Q_hi."""
+        return self.general_decoder(self.join(lo, hi))
 
     def quantize(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Q_lo and Q_hi."""
         encoded, features = self.encode_lo(image)
-        lo = self.vq_vae_top.quantize(features)
-        return lo, self.vq_vae_bot.quantize(self.encode_hi(encoded, lo))
+        lo = self.codebook_lo.quantize(features)
+        return lo, self.codebook_hi.quantize(self.encode_hi(encoded, lo))
 
-    def forward(self, image: Tensor, generator: torch.Generator | None = None
-                ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Stage 1: reconstruction, commitment (lo, hi), perplexity (lo, hi). In training mode the codebooks learn."""
+    def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Stage 1: squared error of the image + commitment of F_lo and of F_hi. In train mode the codebooks learn."""
         encoded, features = self.encode_lo(image)
-        lo, commitment_lo, perplexity_lo = self.vq_vae_top(features, generator)
-        hi, commitment_hi, perplexity_hi = self.vq_vae_bot(self.encode_hi(encoded, lo), generator)
-        return self.decode(lo, hi), (commitment_lo, commitment_hi), (perplexity_lo, perplexity_hi)
+        lo, commitment_lo = self.codebook_lo(features, generator)
+        hi, commitment_hi = self.codebook_hi(self.encode_hi(encoded, lo), generator)
+        return {"reconstruction": squared_error(self.decode(lo, hi), image),
+                "commitment_lo": commitment_lo, "commitment_hi": commitment_hi}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The modules trained for each product.
+# The modules trained for each product; attribute names are the authors'.
 
 
 class InstanceNorm(nn.Module):
     """(x - mean) / sqrt(variance + 1e-5) over each sample's channel, in every mode; no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if eager_on_cpu(x):  # batch norm of one sample, in a third of the time: PyTorch's copies to planes and back
+        if eager_on_cpu(x):  # batch norm of one sample, which needs no copies to planes and back
             return torch.cat([F.batch_norm(sample, None, None, training=True) for sample in x.split(1)])
         return F.instance_norm(x)
 
@@ -463,7 +498,8 @@ def normed_up(inputs: int, outputs: int) -> nn.Sequential:
 class FeatureEncoder(nn.Module):
     def __init__(self, w: int):
         super().__init__()
-        self.block1, self.block2 = normed_convs(w, w, w), normed_convs(w, 2 * w, 2 * w)
+        self.block1 = normed_convs(w, w, w)
+        self.block2 = normed_convs(w, 2 * w, 2 * w)
         self.block3 = normed_convs(2 * w, 4 * w, 4 * w)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -473,8 +509,10 @@ class FeatureEncoder(nn.Module):
 class FeatureDecoder(nn.Module):
     def __init__(self, w: int):
         super().__init__()
-        self.up2, self.db2 = normed_up(4 * w, 2 * w), normed_convs(2 * w, 2 * w, 2 * w)
-        self.up3, self.db3 = normed_up(2 * w, w), normed_convs(w, w, w)
+        self.up2 = normed_up(4 * w, 2 * w)
+        self.db2 = normed_convs(2 * w, 2 * w, 2 * w)
+        self.up3 = normed_up(2 * w, w)
+        self.db3 = normed_convs(w, w, w)
         self.fin_out = nn.Sequential(nn.Conv2d(w, w, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -484,8 +522,10 @@ class FeatureDecoder(nn.Module):
 class UnetEncoder(nn.Module):
     def __init__(self, in_channels: int, w: int):
         super().__init__()
-        self.block1, self.block2 = normed_convs(in_channels, w, w), normed_convs(w, 2 * w, 2 * w)
-        self.block3, self.block4 = normed_convs(2 * w, 4 * w, 4 * w), normed_convs(4 * w, 4 * w, 4 * w)
+        self.block1 = normed_convs(in_channels, w, w)
+        self.block2 = normed_convs(w, 2 * w, 2 * w)
+        self.block3 = normed_convs(2 * w, 4 * w, 4 * w)
+        self.block4 = normed_convs(4 * w, 4 * w, 4 * w)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = [self.block1(x)]
@@ -497,9 +537,12 @@ class UnetEncoder(nn.Module):
 class UnetDecoder(nn.Module):
     def __init__(self, w: int, out_channels: int):
         super().__init__()
-        self.up1, self.db1 = normed_up(4 * w, 4 * w), normed_convs(8 * w, 4 * w, 4 * w)
-        self.up2, self.db2 = normed_up(4 * w, 2 * w), normed_convs(4 * w, 2 * w, 2 * w)
-        self.up3, self.db3 = normed_up(2 * w, w), normed_convs(2 * w, w, w)
+        self.up1 = normed_up(4 * w, 4 * w)
+        self.db1 = normed_convs(8 * w, 4 * w, 4 * w)
+        self.up2 = normed_up(4 * w, 2 * w)
+        self.db2 = normed_convs(4 * w, 2 * w, 2 * w)
+        self.up3 = normed_up(2 * w, w)
+        self.db3 = normed_convs(2 * w, w, w)
         self.fin_out = nn.Sequential(nn.Conv2d(w, out_channels, 3, padding=1))
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -536,7 +579,7 @@ class SubspaceRestrictionModule(nn.Module):
 class AnomalyDetectionModule(nn.Module):
     """A U-Net: (N, in_channels, H, W), specific and general image in this order -> logits (N, out_channels, H, W)."""
 
-    def __init__(self, in_channels: int = 6, out_channels: int = 2, base_width: int = 64):
+    def __init__(self, in_channels: int = 6, out_channels: int = 2, base_width: int = PUBLISHED["width"]):
         super().__init__()
         self.unet = AutoEncoder(UnetEncoder(in_channels, base_width), UnetDecoder(base_width, out_channels))
 
@@ -547,22 +590,24 @@ class AnomalyDetectionModule(nn.Module):
 class UpsamplingModule(AnomalyDetectionModule):
     """The same with the coarse mask's softmax (both channels) as a third input."""
 
-    def __init__(self, in_channels: int = 8, out_channels: int = 2, base_width: int = 64):
+    def __init__(self, in_channels: int = 8, out_channels: int = 2, base_width: int = PUBLISHED["width"]):
         super().__init__(in_channels, out_channels, base_width)
 
 
 class ImageReconstructionNetwork(nn.Module):
     """The object-specific decoder: (N, in_channels, H / 4, W / 4) -> image (N, 3, H, W), by way of H / 16."""
 
-    def __init__(self, in_channels: int, num_hiddens: int, num_residual_layers: int, num_residual_hiddens: int):
+    def __init__(self, in_channels: int, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
         self.block1 = normed_convs(in_channels, in_channels, 2 * in_channels)
         self.block2 = normed_convs(2 * in_channels, 2 * in_channels, 4 * in_channels)
         self.pre_vq_conv = nn.Conv2d(4 * in_channels, 64, 1)
-        self.upblock1, self.upblock2 = double(64, 64), double(64, 64)
-        self.conv_1 = nn.Conv2d(64, num_hiddens, 3, padding=1)
-        self.residual_stack = ResidualStack(num_hiddens, num_residual_layers, num_residual_hiddens)
-        self.conv_trans_1, self.conv_trans_2 = double(num_hiddens, num_hiddens // 2), double(num_hiddens // 2, 3)
+        self.upblock1 = double(64, 64)
+        self.upblock2 = double(64, 64)
+        self.conv_1 = nn.Conv2d(64, hiddens, 3, padding=1)
+        self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
+        self.conv_trans_1 = double(hiddens, hiddens // 2)
+        self.conv_trans_2 = double(hiddens // 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.block2(F.max_pool2d(self.block1(x), 2)), 2)
@@ -574,12 +619,6 @@ class ImageReconstructionNetwork(nn.Module):
 # The model.
 
 
-def initialize(module: nn.Module) -> None:
-    """The code's initial weights (train_dsr.py:179, 189); biases keep PyTorch's."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0, 0.02)
-
-
 class Simulated(NamedTuple):
     """Stage 2's anomalies: the codes after the swap, those before it, and where the detector has to find the swap."""
     lo: Tensor
@@ -589,85 +628,102 @@ class Simulated(NamedTuple):
     mask: Tensor
 
 
+def initialize(module: nn.Module) -> None:
+    """The code's initial weights of two modules (train_dsr.py:179, 189); biases keep PyTorch's."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0, 0.02)
+
+
 class DsrModel(nn.Module):
     """All of DSR: 40.3 million parameters, 36.3 of them trained for each product, and, at 256 x 256, 133 GMAC.
 
-    latent_anomaly_strength is the least lambda_s; base_width is that of the detection and upsampling modules.
+    latent: stage 1's model, a new one if not given. width: of the detection and upsampling modules. lambda_s, rotation:
+    knobs of `losses`, see PUBLISHED. `settings` holds them all, to be saved with the weights. `reading` is how images
+    were read in training, {} where unknown: the keywords of this project's common.read_image.
     """
 
-    def __init__(self, latent_anomaly_strength: float = 0.2, embedding_dim: int = 128, num_embeddings: int = 4096,
-                 num_hiddens: int = 128, num_residual_layers: int = 2, num_residual_hiddens: int = 64,
-                 base_width: int = 64):
+    def __init__(self, latent: DiscreteLatentModel | None = None, width: int = PUBLISHED["width"],
+                 lambda_s: tuple[float, float] = PUBLISHED["lambda_s"], rotation: float = PUBLISHED["rotation"]):
         super().__init__()
-        self.latent_anomaly_strength = latent_anomaly_strength
-        sizes = num_hiddens, num_residual_layers, num_residual_hiddens
-        self.discrete_latent_model = DiscreteLatentModel(*sizes, num_embeddings, embedding_dim)
-        self.subspace_restriction_module_lo = SubspaceRestrictionModule(embedding_dim)
-        self.subspace_restriction_module_hi = SubspaceRestrictionModule(embedding_dim)
-        self.image_reconstruction_network = ImageReconstructionNetwork(2 * embedding_dim, *sizes)
-        self.anomaly_detection_module = AnomalyDetectionModule(base_width=base_width)
-        self.upsampling_module = UpsamplingModule(base_width=base_width)
+        latent = latent or DiscreteLatentModel()
+        sizes = latent.settings
+        self.settings = dict(latent=sizes, width=width, lambda_s=tuple(lambda_s), rotation=rotation)
+        self.reading = {}
+        self.lambda_s, self.rotation = tuple(lambda_s), rotation
+        self.discrete_latent_model = latent
+        self.subspace_restriction_module_lo = SubspaceRestrictionModule(sizes["code_length"])
+        self.subspace_restriction_module_hi = SubspaceRestrictionModule(sizes["code_length"])
+        self.image_reconstruction_network = ImageReconstructionNetwork(
+            2 * sizes["code_length"], sizes["hiddens"], sizes["residual_layers"], sizes["residual_hiddens"])
+        self.anomaly_detection_module = AnomalyDetectionModule(base_width=width)
+        self.upsampling_module = UpsamplingModule(base_width=width)
         self.image_reconstruction_network.apply(initialize)
         self.anomaly_detection_module.apply(initialize)
-        self.ranked = None  # rank_codes of both codebooks, while stage 2 is trained
+        self.stage = None  # 2 or 3 while it is trained
+        self.ranked_lo = self.ranked_hi = None  # rank_codes of both codebooks in stage 2
 
-    def train_stage(self, stage: int) -> list[nn.Parameter]:
-        """Freeze what stage 1, 2 or 3 does not train, put the rest in training mode, and return its parameters.
+    def begin(self, stage: int) -> list[nn.Parameter]:
+        """Freeze what stage 2 or 3 does not train, put the rest in training mode, and return its parameters.
 
         For stage 2 both codebooks are ranked, as they are now and on the device where they are.
         """
-        last, first = "upsampling_module", "discrete_latent_model"
-        names = [name for name, _ in self.named_children()]
-        trained = {1: [first], 2: [name for name in names if name not in (first, last)], 3: [last]}[stage]
-        for name, module in self.train().named_children():
-            module.train(name in trained)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in trained and ".vq_vae_" not in name)
-        latent = self.discrete_latent_model
-        self.ranked = [rank_codes(level.embedding.weight)
-                       for level in (latent.vq_vae_top, latent.vq_vae_bot)] if stage == 2 else None
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        last, first = self.upsampling_module, self.discrete_latent_model
+        trained = {2: [module for module in self.children() if module not in (first, last)], 3: [last]}[stage]
+        self.stage = stage
+        self.training = True  # predict is for a model in eval mode
+        for module in self.children():
+            module.train(module in trained).requires_grad_(module in trained)
+        if stage == 2:
+            self.ranked_lo = rank_codes(first.codebook_lo.embedding.weight)
+            self.ranked_hi = rank_codes(first.codebook_hi.embedding.weight)
+        return [parameter for module in trained for parameter in module.parameters()]
 
     @torch.no_grad()
-    def simulate(self, image: Tensor, generator: torch.Generator, normal_share: float = 0.5) -> Simulated:
-        """Stage 2's anomalies, after train_stage(2): codes swapped under a Perlin mask, pooled to each level's size.
+    def simulate(self, image: Tensor, generator: torch.Generator,
+                 normal_share: float = PUBLISHED["normal_share"]) -> Simulated:
+        """Stage 2's anomalies, after begin(2): codes swapped under a Perlin mask, pooled to each level's size.
 
-        As in the code (train_dsr.py:233-266): both levels' codes with probability 1/2, those of lo or those of hi alone
-        with 1/4 each. Where both are swapped, F_hi is computed and quantized again from the swapped Q_lo; else hi is
-        that of the unchanged image. The mask returned has the pixels of lo where lo was changed. The code first turns normal images: rotate_normals(image, generator, 90, 0.4), 0.3 in stage 3.
+        Three cases, as in the code (train_dsr.py:233-266). Both: lo swapped, F_hi computed and quantized again from the
+        swapped lo, then swapped. Lo alone: hi is that of the unchanged image. Hi alone: hi of the unchanged image,
+        swapped. The mask has the pixels of lo where lo was swapped, else those of hi.
         """
-        if self.ranked is None:
-            raise RuntimeError("simulate needs both codebooks ranked: call model.train_stage(2) first")
+        if self.ranked_lo is None:
+            raise RuntimeError("simulate needs both codebooks ranked: call model.begin(2) first")
         count, _, height, width = image.shape
         latent = self.discrete_latent_model
-        top, bot = latent.vq_vae_top, latent.vq_vae_bot
-        mask = perlin_mask(count, height, width, generator, normal_share)
-        strength_lo, strength_hi = uniform(generator, self.latent_anomaly_strength, 1, 2, count)
-        case = uniform(generator, 0, 1, count, 1, 1, 1)
-        change_lo, change_hi = case < 0.75, (case < 0.5) | (case >= 0.75)
+        mask = perlin_mask(count, height, width, generator, normal_share, PUBLISHED["noise_threshold"])
         mask_lo, mask_hi = F.max_pool2d(mask, 8), F.max_pool2d(mask, 4)
+        strength_lo, strength_hi = uniform(generator, *self.lambda_s, 2, count)
+        case = uniform(generator, 0, 1, count, 1, 1, 1)
+        both = case < PUBLISHED["both_share"]
+        lo_alone = ~both & (case < (1 + PUBLISHED["both_share"]) / 2)
+        swap_lo = both | lo_alone
 
         encoded, features = latent.encode_lo(image)
-        index = top.nearest(features)
-        normal_lo = top.lookup(index)
-        lo = top.lookup(sample_codebook_anomalies(index, self.ranked[0], mask_lo * change_lo, strength_lo, generator))
-        index = bot.nearest(latent.encode_hi(encoded, normal_lo))
-        normal_hi = bot.lookup(index)
-        both = (change_lo & change_hi)[:, 0]
-        index = torch.where(both, bot.nearest(latent.encode_hi(encoded, lo)), index)
-        hi = bot.lookup(sample_codebook_anomalies(index, self.ranked[1], mask_hi * change_hi, strength_hi, generator))
-        target = torch.where(change_lo, F.interpolate(mask_lo, scale_factor=8), F.interpolate(mask_hi, scale_factor=4))
+        index_lo = latent.codebook_lo.nearest(features)
+        normal_lo = latent.codebook_lo.lookup(index_lo)
+        swapped = sample_codebook_anomalies(index_lo, self.ranked_lo, mask_lo * swap_lo, strength_lo, generator)
+        lo = latent.codebook_lo.lookup(swapped)
+
+        index_hi = latent.codebook_hi.nearest(latent.encode_hi(encoded, normal_lo))
+        normal_hi = latent.codebook_hi.lookup(index_hi)
+        again = latent.codebook_hi.nearest(latent.encode_hi(encoded, lo))
+        index_hi = torch.where(both[:, 0], again, index_hi)
+        swapped = sample_codebook_anomalies(index_hi, self.ranked_hi, mask_hi * ~lo_alone, strength_hi, generator)
+        hi = latent.codebook_hi.lookup(swapped)
+        target = torch.where(swap_lo, F.interpolate(mask_lo, scale_factor=8), F.interpolate(mask_hi, scale_factor=4))
         return Simulated(lo, hi, normal_lo, normal_hi, target)
 
     def detect(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """From Q_lo and Q_hi, swapped or not: restricted_lo, restricted_hi, general, specific, coarse logits."""
         latent = self.discrete_latent_model
-        restricted_lo, restricted_hi = self.subspace_restriction_module_lo(lo), self.subspace_restriction_module_hi(hi)
+        restricted_lo = self.subspace_restriction_module_lo(lo)
+        restricted_hi = self.subspace_restriction_module_hi(hi)
         general = latent.decode(lo, hi)
         specific = self.image_reconstruction_network(
-            latent.join(latent.vq_vae_top.quantize(restricted_lo), latent.vq_vae_bot.quantize(restricted_hi)))
-        logits = self.anomaly_detection_module(specific.detach(), general.detach())
-        return restricted_lo, restricted_hi, general, specific, logits
+            latent.join(latent.codebook_lo.quantize(restricted_lo), latent.codebook_hi.quantize(restricted_hi)))
+        coarse = self.anomaly_detection_module(specific.detach(), general.detach())
+        return restricted_lo, restricted_hi, general, specific, coarse
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """general, specific, logits of the coarse mask, logits."""
@@ -675,26 +731,72 @@ class DsrModel(nn.Module):
         logits = self.upsampling_module(specific.detach(), general.detach(), coarse.detach().float().softmax(1))
         return general, specific, coarse, logits
 
+    def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The terms of the stage that begin set, for image (N, 3, H, W) in [0, 1] on the generator's device."""
+        return {2: self.detection_losses, 3: self.upsampling_losses}[self.stage](image, generator)
+
+    def detection_losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Stage 2: focal + MSE(restricted_hi, Q_hi) + MSE(restricted_lo, Q_lo) + 10 * MSE(specific, image)
+
+        Q are the codes before the swap.
+        """
+        image = rotate_normals(image, generator, self.rotation, PUBLISHED["rotation_share"])
+        lo, hi, normal_lo, normal_hi, mask = self.simulate(image, generator)
+        restricted_lo, restricted_hi, _, specific, coarse = self.detect(lo, hi)
+        return {"focal": focal_loss(coarse, mask),
+                "restriction_hi": squared_error(restricted_hi, normal_hi),
+                "restriction_lo": squared_error(restricted_lo, normal_lo),
+                "reconstruction": PUBLISHED["reconstruction_lambda"] * squared_error(specific, image)}
+
+    def upsampling_losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Stage 3: focal, at the image's full size, on images with smudges."""
+        image = rotate_normals(image, generator, self.rotation, PUBLISHED["upsampling_rotation_share"])
+        smudged, mask = synthesize_smudges(image, generator)
+        *_, logits = self(smudged)
+        return {"focal": focal_loss(logits, mask)}
+
     @torch.no_grad()
-    def predict_parts(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
+    def predict(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
         """score (N,): the maximum of the window x window mean of coarse_mask; anomaly_map; both (N, H, W) in [0, 1].
 
-        The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, on the mask before upsampling, and
-        in proportion at other sizes. general and specific, the images that are compared, come along.
+        image (N, 3, H, W) in [0, 1]. The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, on
+        the mask before upsampling, and in proportion at other sizes. general and specific, the images (N, 3, H, W) that
+        are compared, come along. ValueError for another kind of image.
         """
         if self.training:
             raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
+        check_image(image, 64)
         general, specific, coarse, logits = self(image)
-        coarse, anomaly_map = coarse.float().softmax(1)[:, 1], logits.float().softmax(1)[:, 1]
-        window = window or round(21 * min(image.shape[2:]) / 256) // 2 * 2 + 1
-        score = F.avg_pool2d(coarse[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
+        coarse_mask = coarse.float().softmax(1)[:, 1]
+        anomaly_map = logits.float().softmax(1)[:, 1]
+        score = mean_filter_maximum(coarse_mask, window)
         return {"score": score, "anomaly_map": anomaly_map, "general": general, "specific": specific,
-                "coarse_mask": coarse}
+                "coarse_mask": coarse_mask}
 
-    def predict(self, image: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        """predict_parts' score (N,) and anomaly_map (N, H, W), both in [0, 1]."""
-        parts = self.predict_parts(image, window)
-        return parts["score"], parts["anomaly_map"]
+
+# Copied from draem.mean_filter_maximum
+def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tensor:
+    """(N, H, W) -> (N,): the largest mean of a window, an odd number of pixels wide, in zero padding."""
+    side = min(int(length) for length in anomaly_map.shape[1:])
+    window = window or round(PUBLISHED["window"] * side / PUBLISHED["size"]) // 2 * 2 + 1
+    return F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
+
+
+# Copied from draem.check_image
+def check_image(image: Tensor, least: int) -> None:
+    """ValueError unless image is floats (N, 3, H, W) in [0, 1], H and W multiples of 32 and `least` or more."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return  # a graph cannot depend on values
+    if not image.is_floating_point():
+        raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
+    if image.shape[2] % 32 or image.shape[3] % 32 or min(image.shape[2:]) < least:
+        raise ValueError(f"image: sides of {least} or more, in steps of 32, are needed, found {tuple(image.shape[2:])}")
+    low, high = (value.item() for value in image.float().aminmax())
+    if not -1e-3 <= low <= high <= 1.001:
+        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "
+                         "standard deviation scale them")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -704,79 +806,133 @@ CODEBOOK_URL = ("https://github.com/open-edge-platform/anomalib/releases/downloa
                 "dsr_vq_model_pretrained.zip")
 CODEBOOK_SHA256 = "52fe7504ec8e9df70b4382f287ab26269dcfe000cd7a7e146a52c6f146f34afb"
 CODEBOOK_FILE = "vq_model_pretrained_128_4096.pckl"  # the authors' name, also inside the zip
+
+# Released names of stage 1's modules, without their leading underscores, and the names here.
+RELEASED = {"encoder_t": "encoder_lo", "encoder_b": "encoder_hi", "pre_vq_conv_top": "project_lo",
+            "pre_vq_conv_bot": "project_hi", "vq_vae_top": "codebook_lo", "vq_vae_bot": "codebook_hi",
+            "decoder_b": "general_decoder", "upsample_t": "upsample_lo"}
+# The authors' files of a class: the part of a file's name, and the module here.
 AUTHORS_FILES = {"subspace_restriction_hi": "subspace_restriction_module_hi",
                  "subspace_restriction_lo": "subspace_restriction_module_lo",
                  "anomaly_det_module": "anomaly_detection_module", "upsample_module": "upsampling_module",
                  "image_recon_module": "image_reconstruction_network"}
+LATENT = "discrete_latent_model."
+BGR = (2, 1, 0)  # turns the order of three channels round
+# Whose channels are images: key, dimension, order that makes weights trained on BGR take and give RGB.
+CODEBOOK_CHANNELS = (("encoder_hi.conv_1.weight", 1, BGR),
+                     ("general_decoder.conv_trans_2.weight", 1, BGR),  # transposed: (in, out, 4, 4)
+                     ("general_decoder.conv_trans_2.bias", 0, BGR))
+AUTHORS_CHANNELS = (("image_reconstruction_network.conv_trans_2.weight", 1, BGR),
+                    ("image_reconstruction_network.conv_trans_2.bias", 0, BGR),
+                    ("anomaly_detection_module.unet.encoder.block1.0.weight", 1, (*BGR, 5, 4, 3)),
+                    ("upsampling_module.unet.encoder.block1.0.weight", 1, (*BGR, 5, 4, 3, 6, 7)))
+
+
+# Copied from draem.Inert
+class Inert:
+    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
 
 
 # Copied from draem.read_weights
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line."""
+    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+
+    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    """
+    path = str(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if "GLOBAL " not in str(error):  # the pickle names no class or function: the file is damaged
+                raise
+            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            if any(name.startswith("anomalib.") for name in named):
+                raise ValueError(f"{path}: an export of anomalib, which holds code; give the .ckpt of its training")
+            if not all(name.startswith("torchvision.transforms.") for name in named):
+                raise ValueError(f"{path}: holds more than tensors and could run code; save its state dict alone")
+            with torch.serialization.safe_globals([(Inert, name) for name in named]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file fails in many ways
-        unsafe = "GLOBAL " in str(error)  # the pickle names a class or function; any other fault is a damaged file
-        raise ValueError(f"{path}: " + ("holds more than tensors and could run code; save its state dict alone"
-                                        if unsafe else "truncated, or not a file of weights")) from None
+        own = isinstance(error, ValueError) and str(error).startswith(path)
+        raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
     return content
 
 
-# Copied from draem.set_weights
-def set_weights(module: nn.Module, state: dict, path: str | Path) -> None:
-    """load_state_dict, strict, with the first few differences in one line: ValueError."""
-    own = module.state_dict()
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own
-              if isinstance(state.get(k), Tensor) and state[k].shape != own[k].shape]
-    faults = {"missing": [k for k in own if not isinstance(state.get(k), Tensor)],
-              "unknown": [str(k) for k in state if k not in own], "of another shape": shapes,
-              "not finite": [k for k in own if isinstance(state.get(k), Tensor) and not state[k].isfinite().all()]}
-    found = [f"{len(keys)} entries {fault} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})"
-             for fault, keys in faults.items() if keys]
-    if found:
-        raise ValueError(f"{path}: does not fit {type(module).__name__}: " + "; ".join(found))
-    module.load_state_dict(state)
+# Copied from draem.build
+def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
+    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    try:
+        model = kind(**settings)
+        model.load_state_dict(state)
+    except Exception as error:  # unknown settings, other keys or shapes, values that are no tensors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: does not fit {kind.__name__}: {reason[:300]}") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ValueError(f"{path}: holds NaN or infinity; the training that wrote it diverged")
+    return model
 
 
-def clean(state: dict, prefix: str = "") -> dict:
-    """Keys without the leading underscores of the authors' names, under a prefix."""
-    return {prefix + ".".join(part.lstrip("_") for part in str(key).split(".")): value for key, value in state.items()}
+# Copied from draem.own_parts
+def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    if content.get("method") != method or not {"model", "reading"} <= set(content):
+        raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
+    return content["model"], content["settings"], content["reading"]
 
 
-def swap_red_blue(state: dict) -> dict:
-    """The authors' networks saw BGR: their image channels turned round."""
-    latent, specific = "discrete_latent_model.", "image_reconstruction_network."
-    state, both = dict(state), (2, 1, 0, 5, 4, 3)
-    for key, dim, order in ((latent + "encoder_b.conv_1.weight", 1, (2, 1, 0)),
-                            (latent + "decoder_b.conv_trans_2.weight", 1, (2, 1, 0)),  # transposed: (in, out, 4, 4)
-                            (latent + "decoder_b.conv_trans_2.bias", 0, (2, 1, 0)),
-                            (specific + "conv_trans_2.weight", 1, (2, 1, 0)),
-                            (specific + "conv_trans_2.bias", 0, (2, 1, 0)),
-                            ("anomaly_detection_module.unet.encoder.block1.0.weight", 1, both),
-                            ("upsampling_module.unet.encoder.block1.0.weight", 1, (*both, 6, 7))):
+# Copied from draem.reorder
+def reorder(state: dict, channels) -> None:
+    """Put the channels of some of the state's tensors into another order: (key, dimension, order) each."""
+    for key, dimension, order in channels:
         value = state.get(key)
-        if isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == len(order):
-            state[key] = value.index_select(dim, torch.tensor(order))
-    return state
+        if isinstance(value, Tensor) and value.ndim > dimension and value.shape[dimension] == len(order):
+            state[key] = value.index_select(dimension, torch.tensor(order))
 
 
-def model_for(state: dict, latent_anomaly_strength: float = 0.2, base_width: int = 64) -> DsrModel:
-    """A new model of the size that the weights have; published sizes for what is absent."""
-    def size(key: str, dim: int, default: int) -> int:
+# Copied from draem.anomalib_reading
+def anomalib_reading(content: dict) -> dict:
+    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    config = content.get("anomalib_pre_processor_config") or {}
+    steps = config.get("transform", {}).get("init_args", {}).get("transforms", [])
+    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
+    size = sizes[0] if sizes else 256
+    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
+
+
+def clean(state: dict) -> dict:
+    """A state dict under the names without the leading underscores of the authors'."""
+    return {".".join(part.lstrip("_") for part in str(key).split(".")): value for key, value in state.items()}
+
+
+def released_latent(state: dict) -> dict:
+    """A released discrete latent model's state dict under the names here."""
+    first = {key: key.split(".")[0] for key in clean(state)}
+    return {RELEASED.get(first[key], first[key]) + key[len(first[key]):]: value for key, value in clean(state).items()}
+
+
+def latent_settings(state: dict) -> dict:
+    """A released discrete latent model's sizes by its shapes; published sizes for what is absent."""
+    def size(key: str, dimension: int, name: str) -> int:
         value = state.get(key)
-        return value.shape[dim] if isinstance(value, Tensor) and value.ndim > dim else default
+        return value.shape[dimension] if isinstance(value, Tensor) and value.ndim > dimension else PUBLISHED[name]
 
-    codes = "discrete_latent_model.vq_vae_top.embedding.weight"
-    encoder = "discrete_latent_model.encoder_b."
-    layers = sum(k.startswith(encoder + "residual_stack.") and k.endswith("block.1.weight") for k in state) or 2
-    return DsrModel(latent_anomaly_strength, size(codes, 1, 128), size(codes, 0, 4096),
-                    size(encoder + "conv_3.weight", 0, 128), layers,
-                    size(encoder + "residual_stack.layers.0.block.1.weight", 0, 64),
-                    size("anomaly_detection_module.unet.encoder.block1.0.weight", 0, base_width))
+    blocks = [key for key in state if key.startswith("encoder_hi.residual_stack.") and key.endswith("block.1.weight")]
+    return dict(hiddens=size("encoder_hi.conv_3.weight", 0, "hiddens"),
+                residual_layers=len(blocks) or PUBLISHED["residual_layers"],
+                residual_hiddens=size("encoder_hi.residual_stack.layers.0.block.1.weight", 0, "residual_hiddens"),
+                codes=size("codebook_lo.embedding.weight", 0, "codes"),
+                code_length=size("codebook_lo.embedding.weight", 1, "code_length"))
 
 
 def fetch_codebook() -> Path:
@@ -793,66 +949,95 @@ def fetch_codebook() -> Path:
 
 
 def read_codebook(path: str | Path) -> dict:
-    """The tensors of a codebook's file, or of the one that the published zip holds; nothing is unpacked to disk."""
+    """The content of a codebook's file, or of the one that the published zip holds; nothing is unpacked to disk."""
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
                     if name.endswith(".pckl"):  # no file that torch.save wrote, itself a zip, has such a member
-                        return read_weights(io.BytesIO(archive.read(name)))
+                        return torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
         except Exception:  # a damaged file fails in many ways
             raise ValueError(f"{path}: damaged; delete it and fetch it again from {CODEBOOK_URL}") from None
     return read_weights(path)
 
 
-def load_codebook(path: str | Path | None = None, latent_anomaly_strength: float = 0.2,
-                  base_width: int = 64) -> DsrModel:
-    """A model of the codebook's size with its discrete latent model trained, the rest new. ValueError in one line.
+def load_codebook(path: str | Path | None = None) -> DiscreteLatentModel:
+    """A trained discrete latent model, for RGB. Without a path the published one is fetched. ValueError in one line.
 
-    Without a path the published codebook is fetched. Told apart by their keys: a file made by stage 1 here,
-    {"method": "dsr-codebook", "model": the discrete latent model's state}; the authors' file or its zip, for BGR.
+    Told apart by their keys: a file of stage 1 here; the authors' file or its zip, for BGR.
     """
-    path, prefix = fetch_codebook() if path is None else Path(path), "discrete_latent_model."
+    path = fetch_codebook() if path is None else Path(path)
     content = read_codebook(path)
-    if "model" in content:
-        if content.get("method") != "dsr-codebook":
-            raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of dsr-codebook")
-        state = clean(content["model"], prefix)
+    if "settings" in content:
+        state, settings, _ = own_parts(content, "dsr-codebook", path)
     else:
-        state = swap_red_blue(clean(content, prefix))
-    model = model_for(state, latent_anomaly_strength, base_width)
-    set_weights(model.discrete_latent_model, {k.removeprefix(prefix): v for k, v in state.items()}, path)
-    return model
+        state = released_latent(content)
+        reorder(state, CODEBOOK_CHANNELS)
+        settings = latent_settings(state)
+    return build(DiscreteLatentModel, settings, state, path).eval()
 
 
-def load_dsr(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
-    """A trained model in eval mode, for RGB, of the size that the weights have. ValueError in one line.
+def authors_files(path: Path) -> dict[str, Path]:
+    """The five files of a class by module, given any of them. ValueError where the name is neither pattern's.
+
+    DSR_MODULE_CLASS.pckl as released; dsr_..._MODULE_CLASS.pckl as the code's training writes them, whose upsampler is
+    dsr_..._upsample.pckl, without a class.
+    """
+    start, nameless = path.name.removesuffix("_upsample.pckl"), "_upsample.pckl"
+    if path.name.endswith(nameless):
+        others = sorted(path.parent.glob(f"{start}_image_recon_module_*.pckl"))
+        if len(others) != 1:
+            raise ValueError(f"{path}: {len(others)} files {start}_image_recon_module_CLASS.pckl are beside it; give "
+                             "the one of the class to load")
+        path = others[0]
+    for kind in AUTHORS_FILES:
+        start, found, end = path.name.partition(f"_{kind}_")
+        if found:
+            files = {module: path.with_name(f"{start}_{other}_{end}") for other, module in AUTHORS_FILES.items()}
+            if not files["upsampling_module"].exists() and path.with_name(start + nameless).exists():
+                files["upsampling_module"] = path.with_name(start + nameless)
+            return files
+    raise ValueError(f"{path}: neither this project's checkpoint, nor anomalib's, nor named as the authors' five files "
+                     "(DSR_image_recon_module_CLASS.pckl)")
+
+
+def dsr_model(latent: dict, **knobs) -> DsrModel:
+    """A new model of saved settings."""
+    return DsrModel(DiscreteLatentModel(**latent), **knobs)
+
+
+def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
+    """A trained model in eval mode, for RGB. ValueError in one line.
 
     Told apart by their keys: this project's last.pt; anomalib's checkpoint; one of the authors' five files of a class,
     with the other four beside it and the codebook's too, if not given. The authors' networks saw BGR: their image
     channels are turned round. anomalib shows RGB to a codebook that saw BGR and trains the rest so: kept as trained.
     """
-    path, content = Path(path), read_weights(path)
-    if "model" in content:
-        if content.get("method") != "dsr":
-            raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of dsr")
-        state = content["model"]
-    elif "state_dict" in content:
-        modules = tuple(f"model.{module}." for module in ("discrete_latent_model", *AUTHORS_FILES.values()))
-        state = clean({k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith(modules)})
+    path = Path(path)
+    content = read_weights(path)
+    if "settings" in content:
+        state, settings, reading = own_parts(content, "dsr", path)
     else:
-        kind = next((kind for kind in AUTHORS_FILES if path.name.startswith(f"DSR_{kind}_")), None)
-        if kind is None:
-            raise ValueError(f"{path}: neither this project's checkpoint, nor anomalib's, nor named as the authors' "
-                             "five files (DSR_image_recon_module_CLASS.pckl); it begins with "
-                             + ", ".join(map(str, list(content)[:3])))
-        state = clean(read_codebook(codebook or path.with_name(CODEBOOK_FILE)), "discrete_latent_model.")
-        for other, module in AUTHORS_FILES.items():
-            beside = path.with_name(path.name.replace(kind, other, 1))
-            state |= clean(read_weights(beside), module + ".")
-        state = swap_red_blue(state)
-    # The authors' decoder may carry codebooks that it does not use.
-    state = {k: v for k, v in state.items() if not k.startswith("image_reconstruction_network.vq")}
-    model = model_for(state)
-    set_weights(model, state, path)
+        if "state_dict" in content:
+            state = {key.removeprefix("model."): value for key, value in clean(content["state_dict"]).items()}
+            latent = released_latent({key.removeprefix(LATENT): value for key, value in state.items()
+                                      if key.startswith(LATENT)})
+            state = {key: value for key, value in state.items() if key.startswith(tuple(AUTHORS_FILES.values()))}
+            reading = anomalib_reading(content)
+        else:
+            files = authors_files(path)
+            latent = released_latent(read_codebook(codebook or path.with_name(CODEBOOK_FILE)))
+            reorder(latent, CODEBOOK_CHANNELS)
+            state = {f"{module}.{key}": value for module, file in files.items()
+                     for key, value in clean(read_weights(file)).items()}
+            reorder(state, AUTHORS_CHANNELS)
+            reading = {"size": PUBLISHED["size"], "antialias": False}
+        # The authors' decoder may carry codebooks that it does not use.
+        state = {key: value for key, value in state.items() if not key.startswith("image_reconstruction_network.vq")}
+        first_conv = state.get("anomaly_detection_module.unet.encoder.block1.0.weight")
+        width = len(first_conv) if isinstance(first_conv, Tensor) else PUBLISHED["width"]
+        settings = {"latent": latent_settings(latent), "width": width}
+        state |= {LATENT + key: value for key, value in latent.items()}
+    model = build(dsr_model, settings, state, path)
+    model.reading = reading
     return model.eval()
