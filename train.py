@@ -6,15 +6,16 @@
     torchrun --nproc-per-node 8 train.py draem --data mvtec       the categories shared out over GPUs or machines
     python train.py draem --checkpoint runs/draem/bottle/last.pt --predict part.png photos/
 
-A run leaves in runs/METHOD/CATEGORY: last.pt, log.jsonl, metrics.json, maps/ and summary.png.
+A run leaves in runs/METHOD/CATEGORY: last.pt, log.jsonl, metrics.json, scores.csv, maps/ and summary.png.
 
-The calls, from the top: main, run_all, run_category, prepare_draem or prepare_dsr, fit, evaluate.
+This file holds, in order: options, a run's folder, the training loop, what each method is fed, evaluation, prediction,
+the benchmark, and main. What the methods do is in their own files.
 """
 import argparse
 import contextlib
-import ctypes
+import csv
 import datetime
-import functools
+import glob
 import json
 import math
 import os
@@ -22,54 +23,61 @@ import signal
 import statistics
 import sys
 import time
-import traceback
-import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, TextIO
+from typing import Callable, Iterator
 
+if sys.version_info < (3, 10):
+    sys.exit("train.py: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+
+import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import common
 import dfm
 import draem
 import dsr
-from common import Category, ImageFiles, InputError
+from common import Category, TestImage
 
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows: nothing keeps two runs out of one folder there, and --bench tells no memory
-    fcntl = resource = None
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# What replaces the published values where neither --data nor the option itself is given, so that minutes on a CPU do.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+METHODS = {"draem": draem, "dsr": dsr, "dfm": dfm}
+# What replaces the published values where --data is not given, so that minutes on a CPU do.
 TOY = {"draem": dict(size=64, width=32, steps=800),
        "dsr": dict(size=64, hiddens=32, codes=512, width=16, lr=1e-3, pretrain_steps=2000, pretrain_batch=16,
                    steps=1000, upsampling_steps=300),
        "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
-# What --compile compiles: networks that are one graph each. A codebook's draws and searches are left as they are.
-COMPILED = (draem.ReconstructiveSubNetwork, draem.DiscriminativeSubNetwork, dsr.EncoderBot, dsr.EncoderTop,
-            dsr.DecoderBot, dsr.SubspaceRestrictionModule, dsr.ImageReconstructionNetwork, dsr.AnomalyDetectionModule,
-            dfm.ResNet)
-RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are streamed
+RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are read again in every step
+
+
+class UserError(Exception):
+    """Something that a user can mend: one line, exit status 2."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM, its number and what to say, after the checkpoint is saved."""
+
+
+@contextlib.contextmanager
+def mendable():
+    """Around what reads a user's files: the ValueError of a loader becomes one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+# Options
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message} (--help lists the options)")
+        raise UserError(f"{message} (--help lists the options)")
 
 
 def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], float]:
@@ -95,130 +103,132 @@ def image_size(text: str) -> int:
 
 
 def variance(text: str) -> float | int:
-    count = text.isdigit() and int(text) > 1
-    return number(int, 1, 10 ** 6)(text) if count else number(float, 0, 1, above=True)(text)
+    if text.isdigit() and int(text) > 1:
+        return number(int, 1, 10 ** 6)(text)
+    return number(float, 0, 1, above=True)(text)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return f"{action.help}; default: %(default)s" if action.default not in (None, False) else action.help
 
 
 def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
     """`defaults` replace the published values of options that are not in argv."""
     count, wide, rate = number(int, 1, 10 ** 9), number(int, 2, 2048), number(float, 0, 1, above=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
-    add("--data", type=Path, metavar="DIR",
-        help="a category in MVTec's layout, a parent folder of such, or a folder of normal images; default: the toy "
-        "product, drawn into data/toy, at reduced settings")
-    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="root of the run folders; default: %(default)s")
-    add("--size", type=image_size, default=256, help="images become squares of this side; default: %(default)s")
-    add("--antialias", action="store_true", help="resize with antialiasing; default: bilinear from four pixels")
-    add("--batch", type=number(int, 1, 4096), default=8, help="images a step; default: %(default)s")
-    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="of the networks; auto: bf16 on hardware that has it, a GPU or a CPU with AVX512-BF16 or AMX, but for dfm")
-    add("--compile", action="store_true", help="torch.compile the networks, for a GPU: a slow start, then faster steps")
-    add("--resume", action="store_true", help="go on from the run folder's last.pt")
-    add("--save-minutes", type=number(float, 0, 10 ** 6), default=10, metavar="M",
-        help="between checkpoints; default: %(default)s")
-    add("--checkpoint", type=Path, metavar="FILE",
-        help="do not train: evaluate these weights, this project's, the authors' or anomalib's, on --data, or apply "
-        "them with --predict")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="images and folders: print path and score, draw maps")
-    add("--save-maps", action="store_true", help="write the maps as float TIFF for MVTec's evaluation script")
-    add("--bench", type=number(int, 1, 10 ** 6), metavar="N", help="time N training steps and predictions; prints JSON")
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    batch, degrees = number(int, 1, 4096), number(float, 0, 180)
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=Help)
     methods = parser.add_subparsers(dest="method", required=True, metavar="{draem,dsr,dfm}", parser_class=Parser)
-
-    add = methods.add_parser("draem", parents=[shared], help="ICCV 2021: reconstruct, then compare").add_argument
-    add("--textures", type=Path, metavar="DIR", help="images to make anomalies from; published: DTD's images/")
-    add("--width", type=wide, default=128,
-        help="of the reconstructive network, the other has half; default: %(default)s")
-    add("--sspcab", action="store_true", help="put the SSPCAB block into the reconstructive encoder")
-    add("--epochs", type=count, default=700, help="passes over as many samples as images; default: %(default)s")
-    add("--steps", type=count, help="instead of --epochs")
-    add("--lr", type=rate, default=1e-4,
-        help="learning rate, times 0.1 after 4/7 and 6/7 of the steps; default: %(default)s")
-    add("--beta", type=number(float, 0, 1), nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"),
-        help="range of the texture's share in an anomaly; default: 0.1 1.0")
-
-    add = methods.add_parser("dsr", parents=[shared], help="ECCV 2022: swap codes, then put them back").add_argument
-    add("--codebook", type=Path, metavar="FILE",
-        help="the authors' file or one that --pretrain made; default: the published one, downloaded")
-    add("--pretrain", type=Path, metavar="DIR", help="stage 1: train a codebook on these images; published: ImageNet")
-    add("--pretrain-steps", type=count, default=200_000, help="of stage 1; default: %(default)s")
-    add("--pretrain-batch", type=number(int, 1, 4096), default=32, help="of stage 1; default: %(default)s")
-    add("--steps", type=count, default=100_000,
-        help="of stage 2, the learning rate times 0.1 after 4/5 of them; default: %(default)s")
-    add("--upsampling-steps", type=count, default=20_000, help="of stage 3; default: %(default)s")
-    add("--lr", type=rate, default=2e-4, help="learning rate; default: %(default)s")
-    add("--hiddens", type=wide, default=128, help="width of stage 1's networks and of a code; default: %(default)s")
-    add("--codes", type=number(int, 21, 2 ** 14), default=4096, help="in each codebook; default: %(default)s")
-    add("--width", type=wide, default=64, help="of the detection and upsampling modules; default: %(default)s")
-
-    add = methods.add_parser("dfm", parents=[shared], help="2019: pretrained features, PCA, a Gaussian").add_argument
-    add("--backbone", choices=tuple(dfm.RESNETS), default="resnet50", help="default: %(default)s")
-    add("--layer", choices=dfm.LAYERS, default="layer3", help="whose features are taken; default: %(default)s")
-    add("--pooling", type=number(int, 1, 4096), default=4, help="side of the average pooling; default: %(default)s")
-    add("--variance", type=variance, default=0.97,
-        help="share that PCA keeps, or a number of components above 1; default: %(default)s")
-    add("--score", choices=("fre", "nll"), default="fre",
-        help="feature reconstruction error, with a map, or negative log-likelihood, without; default: %(default)s")
-    add("--weights", metavar="FILE", help="torchvision's weights from a file, or 'random'; default: downloaded")
-    add("--joint", action="store_true", help="one class-conditional model over all categories of --data")
-
-    for sub in methods.choices.values():
+    for method, module in METHODS.items():
+        published = module.PUBLISHED
+        sub = methods.add_parser(method, help=module.__doc__.split("\n")[0], formatter_class=Help)
+        add = sub.add_argument
+        add("--data", type=Path, metavar="DIR", help="a category in MVTec's layout, a parent folder of such, or a "
+            "folder of normal images; without it a toy product is drawn into data/toy and settings are reduced")
+        add("--out", type=Path, default=Path("runs"), metavar="DIR", help="root of the run folders")
+        add("--size", type=image_size, help="images become squares of this side; default: "
+            f"{published['size']}, or what --checkpoint was trained at")
+        add("--antialias", action=argparse.BooleanOptionalAction, help="resize with antialiasing; default: bilinearly "
+            "from four pixels, as the published results did, or as --checkpoint was trained")
+        add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that writes 16-bit grey files; default: 16")
+        add("--batch", type=batch, default=draem.PUBLISHED["batch"], help="images a step")
+        add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+            help="of the networks; auto: bf16 on hardware that has it, but for dfm")
+        add("--compile", action="store_true", help="torch.compile the networks, for a GPU: a slow start, then faster")
+        add("--resume", action="store_true", help="go on from the run folder's last.pt")
+        add("--save-minutes", type=number(float, 0, 10 ** 6), default=10, metavar="M", help="between checkpoints")
+        add("--checkpoint", type=Path, metavar="FILE", help="do not train: evaluate these weights, this project's, the "
+            "authors' or anomalib's, on --data, or apply them with --predict")
+        add("--predict", nargs="+", metavar="PATH", help="images and folders: print path and score, draw maps")
+        add("--save-maps", action="store_true", help="write the maps as float TIFF for MVTec's evaluation script")
+        add("--bench", type=count, metavar="N", help="time N training steps and predictions; prints JSON")
+        if method == "draem":
+            add("--textures", type=Path, metavar="DIR", help="images to make anomalies from, DTD's in the paper; "
+                "default: dtd/images or dtd, here or beside the data")
+            add("--width", type=wide, default=published["width"], help="of the first network, twice the other's")
+            add("--sspcab", action="store_true", help="put the SSPCAB block into the reconstructive encoder")
+            add("--epochs", type=count, default=published["epochs"], help="passes over as many samples as images")
+            add("--steps", type=count, help="instead of --epochs")
+            add("--beta", type=number(float, 0, 1), nargs=2, default=published["beta"], metavar=("LOW", "HIGH"),
+                help="range of the texture's share in an anomaly")
+        if method == "dsr":
+            add("--codebook", type=Path, metavar="FILE", help="the authors' file or one that --pretrain made; default: "
+                "the published one, downloaded")
+            add("--pretrain", type=Path, metavar="DIR", help="stage 1: train a codebook on these images")
+            add("--pretrain-steps", type=count, default=published["pretrain_steps"], help="of stage 1")
+            add("--pretrain-batch", type=batch, default=published["pretrain_batch"], help="of stage 1")
+            add("--steps", type=count, default=published["steps"], help="of stage 2")
+            add("--upsampling-steps", type=count, default=published["upsampling_steps"], help="of stage 3")
+            add("--hiddens", type=wide, default=published["hiddens"], help="width of stage 1's networks and of a code")
+            add("--codes", type=number(int, 21, 2 ** 14), default=published["codes"], help="in each codebook")
+            add("--width", type=wide, default=published["width"], help="of the detection and upsampling modules")
+        if method == "dfm":
+            add("--backbone", choices=tuple(dfm.RESNETS), default=published["backbone"])
+            add("--layer", choices=dfm.LAYERS, default=published["layer"], help="whose features are taken")
+            add("--pooling", type=batch, default=published["pooling"], help="side of the average pooling")
+            add("--variance", type=variance, default=published["share"],
+                help="share that PCA keeps, or a number of components above 1")
+            add("--score", choices=("fre", "nll"), default=published["score"],
+                help="feature reconstruction error, with a map, or negative log-likelihood, without")
+            add("--weights", metavar="FILE", help="torchvision's weights from a file, or 'random'; default: downloaded")
+            add("--joint", action="store_true", help="one class-conditional model over all categories of --data")
+        else:
+            add("--lr", type=rate, default=published["lr"], help="learning rate before its drops")
+            add("--rotate", type=degrees, default=published["rotation"], metavar="DEGREES",
+                help="turn normal images by up to this; 0 for products that stand upright")
         sub.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    if args.method == "draem" and args.beta[0] > args.beta[1]:
-        parser.error(f"argument --beta: {args.beta[0]:g} {args.beta[1]:g} is reversed: the lower share comes first")
-    if args.method == "dsr" and args.codebook and args.pretrain:
-        parser.error("argument --pretrain: trains a codebook and --codebook gives one; choose")
-    if args.method == "dsr" and args.size < 64:
-        parser.error(f"argument --size: {args.size} leaves DSR's networks a single position; 64 and above work")
-    if args.method == "draem" and args.size == 32 and args.batch == 1 and not args.checkpoint:
-        parser.error("argument --batch: 1 image of 32 x 32 leaves batch norm a single value; 2 and above work, and "
-                     "--size 64")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Settings that exclude each other. The size is known by now."""
+    def refuse(option: str, reason: str):
+        raise UserError(f"argument --{option}: {reason}")
+
     if args.predict and not args.checkpoint:
-        parser.error("argument --predict: needs --checkpoint FILE, the weights to apply")
+        refuse("predict", "needs --checkpoint FILE, the weights to apply")
     if args.checkpoint and not (args.predict or args.data):
-        parser.error("argument --checkpoint: needs --data DIR to evaluate on, or --predict PATH")
-    return args
-
-
-def keep_freed_memory() -> None:
-    """glibc hands large blocks back to the system, which clears their pages when the next step asks for them again: a
-    fifth of a step on a CPU. Where the C library is another, nothing changes."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: every block comes from the heap
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+        refuse("checkpoint", "needs --data DIR to evaluate on, or --predict PATH")
+    if args.method == "draem" and args.beta[0] > args.beta[1]:
+        refuse("beta", f"{args.beta[0]:g} {args.beta[1]:g} is reversed: the lower share comes first")
+    if args.method == "draem" and args.size == 32 and args.batch == 1 and not args.checkpoint:
+        refuse("batch", "1 image of 32 x 32 leaves batch norm a single value; 2 and above work, and --size 64")
+    if args.method == "dsr" and args.codebook and args.pretrain:
+        refuse("pretrain", "trains a codebook and --codebook gives one; choose")
+    if args.method == "dsr" and args.size < 64:
+        refuse("size", f"{args.size} leaves DSR's networks a single position; 64 and above work")
+    if WORLD > 1 and (args.predict or args.bench or getattr(args, "joint", False)):
+        raise UserError("--predict, --bench and --joint are one process's work: start them without torchrun")
 
 
 def settle_hardware(args: argparse.Namespace) -> None:
     """Turns --device and --precision into what this machine has."""
     try:
         device = torch.device(args.device)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("cpu, cuda or cuda:N is needed")
         if device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise RuntimeError("there is no GPU that this PyTorch can use")
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-            torch.backends.cudnn.benchmark = True
-        else:
-            keep_freed_memory()
-    except RuntimeError as error:
+        elif device.type != "cpu":
+            raise RuntimeError("cpu, cuda or cuda:N is needed")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
+        raise UserError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
     if args.precision == "auto":
-        cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu
+        instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: their absence costs speed
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  any(getattr(torch.cpu, name, lambda: False)() for name in instructions))
         # DFM's likelihood weighs the directions of least variance most, where bfloat16's rounding would show.
         args.precision = "bf16" if native and args.method != "dfm" else "fp32"
-    torch.backends.cudnn.allow_tf32 = args.method != "dfm"  # so would TF32's; matrix products never use it here
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = args.method != "dfm"
     args.device = device
-    if WORLD > 1 and (args.predict or args.bench or getattr(args, "joint", False)):
-        raise InputError("--predict, --bench and --joint are one process's work: start them without torchrun")
+
+
+def reading(args: argparse.Namespace) -> dict:
+    """How images are read: common.read_image's keywords."""
+    return {"size": args.size, "antialias": args.antialias, "bits": args.bits}
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -226,537 +236,392 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def to_network(image: Tensor, args: argparse.Namespace) -> Tensor:
-    """uint8 images, from wherever they are, as floats in [0, 1] on the device, channels last."""
+    """uint8 images as floats in [0, 1] on the device, channels last."""
     image = image.to(args.device, non_blocking=True).float() / 255
     return image.contiguous(memory_format=torch.channels_last)
 
 
 def to_device(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    model = model.to(args.device, memory_format=torch.channels_last)
+    model.reading = reading(args)
     if args.compile:
-        for network in model.modules():
-            if isinstance(network, COMPILED):
-                network.compile()
-    return model
-
-
-def mendable(load: Callable, *arguments):
-    """load(*arguments), whose ValueError is a user's to mend."""
-    try:
-        return load(*arguments)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def from_file(load: Callable, *arguments):
-    """mendable, for what reads files that anyone may have made: they can hold anything in place of tensors by name."""
-    try:
-        return mendable(load, *arguments)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        paths = ", ".join(str(argument) for argument in arguments if isinstance(argument, Path))
-        raise InputError(f"{paths}: does not hold tensors as a file of weights does ({error})") from None
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Weights from anywhere, of a zip file's also the checksums, which torch.load passes over."""
-    content = mendable(draem.read_weights, path)
-    try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        json.dumps(content.get("run"))  # settings are plain values, to be compared
-    except Exception as error:  # a damaged file fails in many ways
-        damaged = error
-    if damaged:
-        raise InputError(f"{path}: damaged since it was written; take an older copy or train again")
-    return content
+        for network in model.children():
+            network.compile()
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A run's folder
 
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM, its number and what to say, after the checkpoint is saved."""
+def write_whole(path: Path, write: Callable) -> None:
+    """write(file), into a file beside `path` that then takes its place: the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's of a full disk
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another --out") from None
+
+
+def settings_of(args: argparse.Namespace, category: str, images: int, **more) -> dict:
+    """What makes a run what it is. Paths are not: data may move."""
+    free = {"data", "out", "device", "compile", "resume", "save_minutes", "checkpoint", "predict", "save_maps", "bench",
+            "toy", "textures", "codebook", "pretrain", "weights", "epochs"}
+    plain = {name: list(value) if isinstance(value, tuple) else value
+             for name, value in vars(args).items() if name not in free}
+    return plain | {"category": category, "images": images} | more
 
 
 class Run:
-    """The folder of one training, locked while it is open; `checkpoint` is what --resume goes on from, or empty.
+    """The folder of one training. `checkpoint` is what --resume goes on from, or {}. UserError where a run is there."""
 
-    `identity` holds the settings that make the run what it is. Of ranks that train one model only the first writes.
-    """
-
-    def __init__(self, folder: Path, identity: dict, resume: bool, writes: bool = True):
-        self.folder, self.identity, self.writes, self.checkpoint = folder, identity, writes, {}
+    def __init__(self, folder: Path, settings: dict, resume: bool):
+        self.folder, self.settings, self.checkpoint = folder, settings, {}
         self.last, self.log_path = folder / "last.pt", folder / "log.jsonl"
-        self.lock = self._lock()
-        try:
-            if resume and self.last.exists():
-                self.checkpoint = self._read()
-            elif resume:
-                self.say(f"--resume: there is no {self.last} yet, so this run starts at the beginning")
-            elif self.last.exists() and writes:  # a trained model is never overwritten
-                kept = next(path for i in range(1, 10 ** 6) if not (path := Path(f"{folder}.{i}")).exists())
-                folder.rename(kept)
-                self.say(f"{folder} holds an earlier run, which is now {kept}")
-            folder.mkdir(exist_ok=True)
-        except BaseException:
-            self.lock.close()
-            raise
+        if resume and self.last.exists():
+            with mendable():
+                self.checkpoint = draem.read_weights(self.last)
+            self.compare()
+        elif not resume and (self.last.exists() or self.log_path.exists()):
+            raise UserError(f"{folder}: holds a run; --resume goes on with it, --out DIR puts this one elsewhere")
+        if self.log_path.exists():  # the steps after the checkpoint are taken, and logged, again
+            os.truncate(self.log_path, min(self.log_path.stat().st_size, self.checkpoint.get("log_bytes", 0)))
         self.begun = time.monotonic() - self.checkpoint.get("seconds", 0)
 
-    def __enter__(self) -> "Run":
-        return self
+    def compare(self) -> None:
+        then = self.checkpoint.get("run")
+        if not isinstance(then, dict):
+            raise UserError(f"{self.last}: not a checkpoint to go on from; choose another root with --out DIR")
+        for name, value in self.settings.items():
+            if value != then.get(name):
+                raise UserError(f"--resume: {self.last} was trained with {name.replace('_', '-')} {then.get(name)}, now "
+                                f"{value} is asked for; give the old value, or another root with --out DIR")
 
-    def __exit__(self, *_) -> None:
-        self.lock.close()
+    def steps_done(self, stages: list[str], stage: str) -> int | None:
+        """Steps of the stage that the checkpoint holds; None where a later stage has begun."""
+        reached = self.checkpoint.get("stage", stages[0])
+        if stages.index(reached) > stages.index(stage):
+            return None
+        return self.checkpoint.get("step", 0) if reached == stage else 0
 
-    def _lock(self) -> TextIO:
-        """Ends with the process, however that ends. It is beside the folder, which may be renamed; and fcntl's, which
-        worker processes, who may outlive a killed run by seconds, do not inherit as they do flock's."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if fcntl is None or not self.writes:
-            return open(os.devnull)
-        lock = open(self.folder.with_name(f".{self.folder.name}.lock"), "a")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise InputError(f"{self.folder}: another run is writing there; wait for it, or choose another root with "
-                             "--out DIR") from None
-        return lock
-
-    def _read(self) -> dict:
-        checkpoint, kinds = read_checkpoint(self.last), {"run": dict, "stage": str, "step": int, "ended": bool,
-                                                         "last_option": str, "seconds": float, "model": dict}
-        if (checkpoint.get("method") != self.identity["method"]
-                or not all(isinstance(checkpoint.get(name), kind) for name, kind in kinds.items())
-                or checkpoint["step"] < 0):
-            raise InputError(f"{self.last}: not a checkpoint of {self.identity['method']} to go on from; choose "
-                             "another root with --out DIR")
-        for name, value in self.identity.items():
-            then = checkpoint["run"].get(name)
-            longer = (name == checkpoint["last_option"] and checkpoint["ended"] and isinstance(then, int)
-                      and value >= then)
-            if value != then and not longer:
-                then, value = ("not given" if setting is None else setting for setting in (then, value))
-                raise InputError(f"--resume: {self.last} was trained with --{name.replace('_', '-')} {then}, now it is "
-                                 f"{value}; give the old value, or another root with --out DIR")
-        return checkpoint
-
-    def say(self, text: str) -> None:
-        if self.writes:
-            print(f"{self.folder.name}: {text}" if WORLD > 1 else text, flush=True)
-
-    def save(self, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None = None,
-             ended: bool = False, last_option: str = "") -> None:
-        """last.pt, the old one or the whole new one; the log's lines up to here are on the disk before."""
-        if not self.writes:
-            return
-        if self.log_path.exists():
-            with open(self.log_path, "rb+") as log:
-                os.fsync(log.fileno())
-        content = {"method": self.identity["method"], "settings": getattr(model, "settings", {}),
+    def save(self, model: nn.Module, stage: str, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        content = {"method": self.settings["method"], "settings": model.settings, "reading": model.reading,
                    "model": model.state_dict(), "optimizer": optimizer.state_dict() if optimizer else None,
-                   "run": self.identity, "stage": stage, "step": step, "ended": ended, "last_option": last_option,
-                   "seconds": time.monotonic() - self.begun}
-        common.write_atomically(self.last, lambda file: torch.save(content, file))
+                   "run": self.settings, "stage": stage, "step": step, "seconds": time.monotonic() - self.begun,
+                   "log_bytes": self.log_path.stat().st_size if self.log_path.exists() else 0}
+        write_whole(self.last, lambda file: torch.save(content, file))
 
     def log(self, row: dict) -> None:
-        if self.writes:
-            try:
-                with open(self.log_path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise InputError(f"{self.log_path}: cannot be written: {error.strerror}; free space, then go on from "
-                                 "the last checkpoint with --resume") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.log_path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
-    def trim_log(self, stages: list[str], stage: str, step: int) -> None:
-        """Keeps the lines up to the checkpoint's step; the steps after it are taken, and logged, again."""
-        def kept(line: str) -> bool:
-            try:
-                row = json.loads(line)
-                return (stages.index(row["stage"]), row["step"]) <= (stages.index(stage), step)
-            except (ValueError, KeyError, TypeError):  # half a line, or none of ours
-                return False
 
-        if self.writes and self.log_path.exists():
-            lines = self.log_path.read_text(errors="replace").splitlines(keepends=True)
-            text = "".join(line for line in lines if line.endswith("\n") and kept(line))
-            common.write_atomically(self.log_path, lambda file: file.write(text.encode()))
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
 
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
     """A list that a first Ctrl-C or SIGTERM is put into; a second one acts as usual."""
-    received, before = [], {}
+    received = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere signals act as usual
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.getsignal(number)
-            signal.signal(number, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield received
     finally:
-        with contextlib.suppress(ValueError):
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, sample: Callable, generator: torch.Generator,
+                  args: argparse.Namespace) -> dict[str, Tensor]:
+    """Sample, losses, backward, step. Nothing in it makes the host wait for the device."""
+    batch = sample(generator)
+    with autocast(args):
+        terms = model.losses(*batch, generator)
+    optimizer.zero_grad()
+    sum(terms.values()).backward()
+    optimizer.step()
+    return terms
+
+
+def seed_of(seed: int, stage: str, step: int) -> int:
+    """Step n depends on (seed, stage, n) alone, so a resumed run goes on as if it had never stopped."""
+    return zlib.crc32(f"{seed} {stage} {step}".encode())
+
+
+def train(run: Run, model: nn.Module, parameters: list[nn.Parameter], sample: Callable, args: argparse.Namespace,
+          stages: list[str], stage: str, steps: int, drops: tuple[float, ...] = ()) -> None:
+    """All steps of one stage, or those that the run's checkpoint lacks. model.losses(*sample(generator), generator)."""
+    start = run.steps_done(stages, stage)
+    if start is None or start == steps:
+        return
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
+    if start:
+        optimizer.load_state_dict(run.checkpoint["optimizer"])
+        print(f"{stage}: resumed after step {start}")
+    factor = METHODS[args.method].PUBLISHED["drop_factor"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: factor ** sum(n >= round(steps * drop) for drop in drops), start - 1 if start else -1)
+    generator = torch.Generator(args.device)
+    began, saved = time.monotonic(), time.monotonic()
+    with noted_signals() as received:
+        for step in range(start, steps):
+            rate = schedule.get_last_lr()[0]
+            generator.manual_seed(seed_of(args.seed, stage, step))
+            terms = training_step(model, optimizer, sample, generator, args)
+            schedule.step()
+            done, stop = step + 1, bool(received)
+            log = done % LOG_EVERY == 0 or done in (1, steps)
+            save = stop or done == steps or time.monotonic() - saved >= 60 * args.save_minutes
+            if log or save:
+                values = {name: term.item() for name, term in terms.items()}  # a GPU is waited for only now and then
+                if not all(map(math.isfinite, values.values())):
+                    raise UserError(f"{stage}, step {done}: the loss is not finite ({values}); {run.folder} holds what "
+                                    "was saved before; try a lower --lr or --precision fp32")
+            if log:
+                run.log({"stage": stage, "step": done, **values, "lr": rate})
+                show(stage, done, steps, values, rate, (time.monotonic() - began) / (done - start))
+            if save:
+                run.save(model, stage, done, optimizer)
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(received[0], f"stopped after step {done} of {steps}, which {run.last} holds; go on with "
+                              "the same command and --resume")
+
+
+def show(stage: str, done: int, steps: int, values: dict[str, float], rate: float, seconds: float) -> None:
+    """The progress line: one that changes on a terminal, plain lines elsewhere. `seconds` are those of a step."""
+    left = datetime.timedelta(seconds=round((steps - done) * seconds))
+    terms = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    line = f"{stage} {done}/{steps}  {terms}  lr {rate:.0e}  {seconds:.3g} s/step  {left} left"
+    if sys.stdout.isatty() and WORLD == 1:
+        print(f"\r\033[K{line}", end="\n" if done == steps else "", flush=True)
+    else:
+        print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# What each method is fed
 
 
-@dataclass
-class Stage:
-    """One training by gradient: losses(*synthesize(generator)) are the terms, all their randomness the generator's.
-
-    A term without a gradient is not trained on but logged.
-    """
-    name: str
-    synthesize: Callable[[torch.Generator], tuple]
-    losses: Callable[..., dict[str, Tensor]]
-    parameters: Callable[[], list[nn.Parameter]]  # called when the stage begins
-    option: str  # that holds the number of steps
-    steps: int
-    batch: int
-    lr: float
-    drops: tuple[int, ...] = ()  # steps after which the learning rate is a tenth
-    shared: bool = False  # by all ranks, which train one model
-
-
-def new_optimizer(stage: Stage) -> torch.optim.Optimizer:
-    return torch.optim.Adam(stage.parameters(), lr=stage.lr, fused=True)
-
-
-def advance(stage: Stage, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
-    """One training step. Nothing in it makes the host wait for the device."""
-    terms = stage.losses(*stage.synthesize(generator))
-    optimizer.zero_grad(set_to_none=True)
-    sum(value for value in terms.values() if value.requires_grad).backward()
-    optimizer.step()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def reseed(generator: torch.Generator, seed: int, stage: str, step: int) -> torch.Generator:
-    """Step n depends on (seed, stage, n) alone, so a resumed run goes on as if it had never stopped."""
-    return generator.manual_seed(zlib.crc32(f"{seed} {stage} {step}".encode()))
-
-
-def restore(optimizer: torch.optim.Optimizer, run: Run) -> None:
+def resident(paths: list[Path], name: str, args: argparse.Namespace) -> Tensor:
+    """Images decoded once, uint8 (N, 3, size, size), on the device. UserError for a bad one, or too many."""
     try:
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        fits = all(optimizer.state[parameter][name].shape == parameter.shape and optimizer.state[parameter]["step"] >= 0
-                   for group in optimizer.param_groups for parameter in group["params"]
-                   for name in ("exp_avg", "exp_avg_sq"))
-    except Exception:  # a foreign file fails in many ways
-        fits = False
-    if not fits:
-        raise InputError(f"{run.last}: the optimizer's state is missing or does not fit; choose another root with "
-                         "--out DIR")
+        images, filled = torch.empty(len(paths), 3, args.size, args.size, dtype=torch.uint8), 0
+        with mendable():
+            for batch in common.training_batches(paths, 64, **reading(args)):
+                images[filled:filled + len(batch)] = batch
+                filled += len(batch)
+        return images.to(args.device)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        need = len(paths) * 3 * args.size ** 2 / 2 ** 30
+        raise UserError(f"{name}: {len(paths)} images of {args.size} x {args.size} need {need:.1f} GiB of memory on "
+                        f"{args.device}, which are not there; give fewer images or a smaller --size") from None
 
 
-def diverged(run: Run, stage: Stage, step: int, what: str) -> InputError:
-    kept = f"{run.last} holds an earlier step" if run.last.exists() else "nothing was saved yet"
-    return InputError(f"{stage.name}, step {step}: {what}; {kept}; try a lower --lr or --precision fp32")
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
-def fit(run: Run, model: nn.Module, stages: list[Stage], stage: Stage, args: argparse.Namespace) -> None:
-    """All steps of one stage, or those that the run's checkpoint lacks."""
-    names = [other.name for other in stages]
-    reached = run.checkpoint.get("stage", names[0])
-    start = run.checkpoint.get("step", 0) if reached == stage.name else 0
-    if reached not in names:
-        raise InputError(f"{run.last}: its stage {reached!r} is none of {', '.join(names)}; choose another root with "
-                         "--out DIR")
-    if names.index(reached) > names.index(stage.name):
-        return
-    run.trim_log(names, stage.name, start)
-    if start >= stage.steps:
-        return
-    optimizer = new_optimizer(stage)
-    if start:
-        restore(optimizer, run)
-        run.say(f"{stage.name}: resumed after step {start}")
-    run.checkpoint = {}
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda n: 0.1 ** sum(n >= drop for drop in stage.drops), last_epoch=start - 1 if start else -1)
-    generator = torch.Generator(args.device)
-    recent, logged, saved = [], (start, time.monotonic()), time.monotonic()
-    with noted_signals() as received:
-        for n in range(start, stage.steps):
-            rate, done = schedule.get_last_lr()[0], n + 1
-            terms = advance(stage, optimizer, reseed(generator, args.seed, stage.name, n))
-            schedule.step()
-            recent.append(torch.stack(list(terms.values())))
-            now = time.monotonic()
-            log = done % LOG_EVERY == 0 or done in (1, 5, 20, stage.steps)
-            stop = bool(received)  # looked at once: a signal from here on stops the next step, which saves
-            if stage.shared and WORLD > 1:  # a signal reaches ranks a step apart, and one alone would wait for ever
-                asked = torch.tensor(int(stop))
-                dist.all_reduce(asked)
-                stop = asked.item() > 0
-            save = stop or done == stage.steps or now - saved >= 60 * args.save_minutes
-            if not (log or save or args.device.type == "cpu"):
-                continue  # a GPU is waited for only now and then
-            rows = torch.stack(recent).tolist()
-            recent.clear()
-            for i, row in enumerate(rows, done - len(rows) + 1):
-                if not all(map(math.isfinite, row)):
-                    values = ", ".join(f"{name} {value:g}" for name, value in zip(terms, row))
-                    raise diverged(run, stage, i, f"the loss is not finite ({values})")
-            if log:
-                values = dict(zip(terms, rows[-1]))
-                run.log({"stage": stage.name, "step": done, **values, "lr": rate})
-                speed = (done - logged[0]) / (time.monotonic() - logged[1])
-                logged = done, time.monotonic()
-                show(run, f"{stage.name} {done}/{stage.steps}  {'  '.join(f'{k} {v:.4f}' for k, v in values.items())}  "
-                     f"lr {rate:.0e}  {speed * stage.batch:.3g} images/s  "
-                     f"{datetime.timedelta(seconds=round((stage.steps - done) / speed))} left", done == stage.steps)
-            if save:
-                if not all(value.isfinite().all() for value in model.state_dict().values()):
-                    raise diverged(run, stage, done, "the weights are no longer finite")
-                run.save(stage.name, done, model, optimizer, done == stage.steps and stage is stages[-1],
-                         stages[-1].option)
-                saved = time.monotonic()
-            if stop:
-                break
-    if stop or received:
-        raise Stopped((*received, signal.SIGTERM)[0], f"stopped after step {done} of {stage.steps}, which {run.last} "
-                      "holds; go on with the same command and --resume")
+def draw(images: Tensor, generator: torch.Generator, args: argparse.Namespace) -> Tensor:
+    """A batch of the resident images, with replacement."""
+    return to_network(images[torch.randint(len(images), (args.batch,), generator=generator, device=args.device)], args)
 
 
-def show(run: Run, line: str, last: bool) -> None:
-    """The progress line: one that changes on a terminal, plain lines elsewhere."""
-    if sys.stdout.isatty() and WORLD == 1:
-        print(f"\r\033[K{line}", end="\n" if last else "", flush=True)
-    else:
-        run.say(line)
+def find_textures(args: argparse.Namespace) -> Path | None:
+    """--textures, or DTD where it lies in the working folder or beside the data; says what is used."""
+    beside = args.data.resolve().parents[:2] if args.data else []
+    for folder in (root / name for root in (Path(), *beside) for name in ("dtd/images", "dtd")):
+        if not args.textures and not args.toy and folder.is_dir():
+            print(f"textures: {folder}, found there (--textures DIR for others)")
+            return folder
+    if not args.textures:
+        print("textures: none given, coloured noise stands in; the published results need DTD, "
+              "https://www.robots.ox.ac.uk/~vgg/data/dtd/ (--textures dtd/images)")
+    return args.textures
 
 
-def load(files: ImageFiles, args: argparse.Namespace, workers: int, kept: set[int], **batches) -> Iterator[list]:
-    """A DataLoader's batches. Its processes start with the signals `kept` blocked: those are this one's to handle."""
-    mask = getattr(signal, "pthread_sigmask", None) if workers else None  # Windows has none
-    before = mask(signal.SIG_BLOCK, kept) if mask else set()
-    try:
-        return iter(DataLoader(files, num_workers=workers, pin_memory=args.device.type == "cuda", **batches))
-    finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)
+def new_model(args: argparse.Namespace) -> nn.Module:
+    """An untrained model of these options."""
+    torch.manual_seed(args.seed)
+    with mendable():
+        if args.method == "draem":
+            return draem.DraemModel(args.width, args.sspcab, args.beta, args.rotate)
+        if args.method == "dsr":
+            return dsr.DsrModel(dsr.load_codebook(args.codebook), args.width, rotation=args.rotate)
+        return dfm.DFMModel(args.backbone, args.layer, args.weights or True, args.pooling, args.variance, args.score)
 
 
-def draw(pool: Tensor, generator: torch.Generator, args: argparse.Namespace) -> Tensor:
-    """A batch of the resident uint8 images, with replacement (DRAEM code, data_loader.py:160)."""
-    return to_network(pool[torch.randint(len(pool), (args.batch,), generator=generator, device=args.device)], args)
+def stages_of(model: nn.Module, args: argparse.Namespace) -> dict[str, tuple]:
+    """Each stage's beginning, which returns the parameters to train, its number of steps and its drops of the rate."""
+    drops = METHODS[args.method].PUBLISHED["drops"]
+    if args.method == "draem":
+        return {"train": (lambda: list(model.train().parameters()), args.steps, drops)}
+    return {"detection": (lambda: model.begin(2), args.steps, drops),
+            "upsampling": (lambda: model.begin(3), args.upsampling_steps, ())}
 
 
-@functools.cache
-def resident_textures(folder: Path, size: int, antialias: bool, device: torch.device) -> Tensor:
-    """Decoded once, however many categories use them."""
-    return common.decode(common.list_images(folder), size, "textures", antialias).to(device)
+def sampler(images: Tensor, textures: Tensor | None, args: argparse.Namespace) -> Callable:
+    """sample(generator): what model.losses takes before the generator."""
+    def sample(generator: torch.Generator) -> tuple:
+        if args.method == "dsr":
+            return (draw(images, generator, args),)
+        return draw(images, generator, args), None if textures is None else draw(textures, generator, args)
+    return sample
 
 
-def prepare_draem(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
-    images = common.decode(category.train, args.size, category.name, args.antialias).to(args.device)
-    textures = resident_textures(args.textures, args.size, args.antialias, args.device) if args.textures else None
-    model = to_device(draem.DraemModel(args.width, args.sspcab), args)
-
-    def synthesize(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        image = draem.rotate_normals(draw(images, generator, args), generator)
-        texture = None if textures is None else draw(textures, generator, args)
-        return image, *draem.synthesize_anomalies(image, texture, generator, tuple(args.beta))
-
-    def losses(image: Tensor, augmented: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        with autocast(args):
-            reconstruction, logits = model(augmented)
-        cost = model.reconstructive_subnetwork.encoder.block5.cost if args.sspcab else None
-        return draem.draem_loss(image, reconstruction, logits, mask, cost)
-
-    # Section 4: 700 epochs, a tenth of the learning rate after 400 and 600 (the code: a fifth after 560 and 630).
-    drops = tuple(round(args.steps * part / 7) for part in (4, 6))
-    return model, [Stage("train", synthesize, losses, lambda: list(model.train().parameters()), "steps", args.steps,
-                         args.batch, args.lr, drops)]
+def train_category(category: Category, args: argparse.Namespace, textures: Tensor | None) -> tuple[nn.Module, Run]:
+    """Trains all stages of DRAEM or DSR, or those that the run folder's checkpoint lacks."""
+    if args.method == "draem":
+        args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
+    settings = settings_of(args, category.name, len(category.train),
+                           textures=0 if textures is None else len(textures))
+    run = Run(args.out / args.method / category.name, settings, args.resume)
+    images = resident(category.train, category.name, args)
+    with mendable():
+        model = to_device(METHODS[args.method].load(run.last) if run.checkpoint else new_model(args), args)
+    stages = stages_of(model, args)
+    print(f"{category.name}: {args.method}, width {args.width}, {args.size} x {args.size}, {len(images)} images, "
+          f"{args.device} {args.precision}: {' + '.join(str(steps) for _, steps, _ in stages.values())} steps of "
+          f"{args.batch} -> {run.folder}")
+    for stage, (begin, steps, drops) in stages.items():
+        train(run, model, begin(), sampler(images, textures, args), args, list(stages), stage, steps, drops)
+    return model, run
 
 
-def pretrain_dsr(args: argparse.Namespace, toy: bool) -> Path:
+def pretrain_dsr(args: argparse.Namespace) -> Path:
     """Stage 1 of DSR, unless it was done before: the path of its codebook."""
-    if args.pretrain_batch % WORLD:
-        raise InputError(f"--pretrain-batch {args.pretrain_batch}: is not a multiple of the {WORLD} processes")
-    identity = describe(args, "dsr-codebook")
-    folder = args.out / "dsr" / f"codebook-{'toy' if toy else args.pretrain.resolve().name}"
-    paths, last = common.list_images(args.pretrain), folder / "last.pt"
-    stored, picture = read_checkpoint(last) if last.exists() else {}, folder / "reconstructions.png"
-    done = bool(stored.get("ended")) and stored.get("run") == identity
-    complete = done and picture.exists()
-    if WORLD > 1:
-        dist.barrier()  # all have looked before the first one moves an earlier run away
-    if complete:
-        print(f"stage 1 was done before: {last}")
-        return last
-    fits = toy or len(paths) * 3 * args.size ** 2 <= RESIDENT
-    images = common.decode(paths, args.size, "stage 1", args.antialias).to(args.device) if fits else None
-    if toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
+    with mendable():
+        paths = common.list_images(args.pretrain)
+    name = "codebook-toy" if args.toy else f"codebook-{args.pretrain.resolve().name}"
+    settings = settings_of(args, name, len(paths)) | {"method": "dsr-codebook"}
+    for later in ("batch", "steps", "upsampling_steps", "width", "rotate"):  # of stages 2 and 3
+        del settings[later]
+    folder = args.out / "dsr" / name
+    done = (folder / "reconstructions.png").exists()
+    if WORLD > 1 and not done:
+        raise UserError("--pretrain: stage 1 is one process's work; run it first: python train.py dsr --pretrain "
+                        f"{args.pretrain} ... --data DIR, without torchrun")
+    run = Run(folder, settings, args.resume or done)
+    if done:
+        print(f"stage 1 was done before: {run.last}")
+        return run.last
+    torch.manual_seed(args.seed)  # initial weights
+    with mendable():
+        latent = (dsr.load_codebook(run.last) if run.checkpoint else
+                  dsr.DiscreteLatentModel(args.hiddens, residual_hiddens=args.hiddens // 2, codes=args.codes,
+                                          code_length=args.hiddens))
+    latent = to_device(latent, args).train()
+    print(f"stage 1: {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x {args.size}, "
+          f"{args.device} {args.precision}: {args.pretrain_steps} steps of {args.pretrain_batch} -> {folder}")
+    batches = pretrain_batches(paths, run.steps_done(["codebook"], "codebook"), args)
+    train(run, latent, list(latent.parameters()), lambda generator: (to_network(next(batches), args),), args,
+          ["codebook"], "codebook", args.pretrain_steps)
+    batches.close()
+    latent.eval()
+    print(f"codes in even use, of {args.codes}: lo {latent.codebook_lo.perplexity():.0f}, hi "
+          f"{latent.codebook_hi.perplexity():.0f}")
+    shown = torch.stack([common.read_image(path, **reading(args)) for path in paths[::math.ceil(len(paths) / 8)]])
+    with torch.no_grad(), autocast(args):
+        drawn = latent.decode(*latent.quantize(to_network(shown, args))).float().cpu()
+    strips = [strip([common.panel(image), common.panel(drawing)]) for image, drawing in zip(shown, drawn)]
+    page = sheet(strips, [""] * len(strips), ["image", "general"])
+    write_whole(folder / "reconstructions.png", lambda file: page.save(file, "PNG"))
+    return run.last
+
+
+def pretrain_batches(paths: list[Path], start: int, args: argparse.Namespace) -> Iterator[Tensor]:
+    """Stage 1's batches from step `start` on, uint8. Step n's images depend on (seed, n) alone, however they come."""
+    images = None
+    if args.toy or len(paths) * 3 * args.size ** 2 <= RESIDENT:
+        images = resident(paths, "stage 1", args)
+    if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
         strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
         images = torch.cat((images, (255 * strange).round().byte()))
-    torch.manual_seed(args.seed)
-    latent = network = to_device(
-        dsr.DiscreteLatentModel(args.hiddens, 2, args.hiddens // 2, args.codes, args.hiddens), args)
-    if WORLD > 1:
-        network = nn.parallel.DistributedDataParallel(latent, broadcast_buffers=False)
-    with Run(folder, identity, args.resume or done, writes=RANK == 0) as run:
-        if run.checkpoint:
-            from_file(draem.set_weights, latent, run.checkpoint["model"], last)
-        batches = pretrain_batches(images, paths, run.checkpoint.get("step", 0), args)
-
-        def losses(image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-            with autocast(args):
-                reconstruction, commitment, perplexity = network(image, generator)
-            return dsr.codebook_loss(image, reconstruction, commitment) | {
-                "perplexity_lo": perplexity[0], "perplexity_hi": perplexity[1]}
-
-        stage = Stage("codebook", lambda generator: (to_network(next(batches), args), generator), losses,
-                      lambda: [parameter for parameter in latent.train().parameters() if parameter.requires_grad],
-                      "pretrain_steps", args.pretrain_steps, args.pretrain_batch, args.lr, shared=True)
-        run.say(f"stage 1 on {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x "
-                f"{args.size}, {args.device} {args.precision}: {stage.steps} steps of {stage.batch} -> {folder}")
-        with contextlib.closing(batches):  # which ends its processes
-            fit(run, latent, [stage], stage, args)
-        if run.writes:
-            latent.eval()
-            shown = torch.stack([common.read_image(path, args.size, args.antialias) for path in paths[:: math.ceil(len(paths) / 8)]])
-            with torch.no_grad(), autocast(args):
-                drawn = latent(to_network(shown, args))[0].float().cpu()
-            strips = [common.strip([common.panel(a), common.panel(b)]) for a, b in zip(shown, drawn)]
-            write_image(picture, common.sheet(strips, [""] * len(strips), ("image", "general")))
-    if WORLD > 1:
-        dist.barrier()  # the others read what the first one wrote
-    return last
-
-
-def pretrain_batches(images: Tensor | None, paths: list[Path], start: int, args: argparse.Namespace
-                     ) -> Iterator[Tensor]:
-    """This rank's share of stage 1's batches from step `start` on, uint8: from memory, or read by worker processes.
-
-    The images of step n depend on (seed, n) alone, whichever way they come.
-    """
     count = len(paths) if images is None else len(images)
 
     def indices() -> Iterator[list[int]]:
-        generator = torch.Generator()
-        for n in range(start, args.pretrain_steps):
-            reseed(generator, args.seed, "images", n)
-            yield torch.randint(count, (args.pretrain_batch,), generator=generator).tolist()[RANK::WORLD]
+        for step in range(start, args.pretrain_steps):
+            generator = torch.Generator().manual_seed(seed_of(args.seed, "images", step))
+            yield torch.randint(count, (args.pretrain_batch,), generator=generator).tolist()
 
     if images is not None:
-        for index in map(torch.tensor, indices()):
-            yield images[(index.pin_memory() if images.is_cuda else index).to(args.device, non_blocking=True)]
+        for index in indices():
+            yield images[index]
     else:
-        for batch, _, errors in load(ImageFiles(paths, args.size, None, args.antialias), args, common.cores(),
-                                     {signal.SIGINT, signal.SIGTERM}, batch_sampler=indices()):
-            for error in filter(None, errors):
-                raise InputError(error)
-            yield batch
+        with mendable():
+            for batch in common.read_ahead(lambda i: common.read_image(paths[i], **reading(args)), indices()):
+                yield torch.stack(batch)
 
 
-def prepare_dsr(category: Category, args: argparse.Namespace) -> tuple[nn.Module, list[Stage]]:
-    images = common.decode(category.train, args.size, category.name, args.antialias).to(args.device)
-    if args.bench and not args.codebook:  # the codes' values take no time
-        model = dsr.DsrModel(0.2, args.hiddens, args.codes, args.hiddens, 2, args.hiddens // 2, args.width)
-    else:
-        model = from_file(dsr.load_codebook, args.codebook, 0.2, args.width)
-    model = to_device(model, args)
-
-    def simulate(generator: torch.Generator) -> tuple[Tensor, dsr.Simulated]:
-        image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.4)
-        with autocast(args):
-            return image, model.simulate(image, generator)
-
-    def detection(image: Tensor, simulated: dsr.Simulated) -> dict[str, Tensor]:
-        with autocast(args):
-            outputs = model.detect(simulated.lo, simulated.hi)
-        return dsr.detection_loss(image, simulated, *outputs)
-
-    def smudge(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        image = dsr.rotate_normals(draw(images, generator, args), generator, 90, 0.3)
-        return dsr.synthesize_smudges(image, generator)
-
-    def upsampling(smudged: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        with autocast(args):
-            *_, logits = model(smudged)
-        return dsr.upsampling_loss(logits, mask)
-
-    return model, [Stage("detection", simulate, detection, lambda: model.train_stage(2), "steps", args.steps,
-                         args.batch, args.lr, (round(args.steps * 4 / 5),)),
-                   Stage("upsampling", smudge, upsampling, lambda: model.train_stage(3), "upsampling_steps",
-                         args.upsampling_steps, args.batch, args.lr)]
-
-
-PREPARE = {"draem": prepare_draem, "dsr": prepare_dsr}
-
-
-def new_dfm(args: argparse.Namespace) -> dfm.DFMModel:
-    if args.toy and args.weights is None:
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(dfm.URLS[args.backbone]).name).exists()
-        print(f"the toy product needs no download: {'cached' if cached else 'random'} weights (or --weights FILE)")
-        args.weights = None if cached else "random"
-    return to_device(mendable(dfm.DFMModel, args.backbone, args.layer, args.weights or True, args.pooling,
-                              args.variance, args.score), args).eval()
-
-
-def run_dfm(categories: list[Category], folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Fits one DFM, class-conditional if there are several categories, and evaluates it on each.
-
-    No gradients: the features stream through once, and PCA and Gaussian are fitted in closed form.
-    """
-    begun, features, results = time.monotonic(), [], {}
-    torch.manual_seed(args.seed)  # weights, if random
-    model, identity = new_dfm(args), describe(args, "dfm")  # which names the weights that were found
+def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> tuple[nn.Module, Run]:
+    """Features stream through once, PCA and Gaussian are fitted in closed form; class-conditional if several."""
     paths = [path for category in categories for path in category.train]
     labels = [number for number, category in enumerate(categories) for _ in category.train]
-    start = time.monotonic()
-    for image, _, _ in stream(paths, args):
-        with autocast(args):
-            features.append(mendable(model.features, to_network(image, args)))
-    streamed = time.monotonic()
-    mendable(model.fit, torch.cat(features), torch.tensor(labels))
+    run = Run(args.out / "dfm" / name, settings_of(args, name, len(paths)), args.resume)
+    model, features, start = to_device(new_model(args), args).eval(), [], time.monotonic()
+    with mendable():
+        for image in common.training_batches(paths, args.batch, **reading(args)):
+            with autocast(args):
+                features.append(model.features(to_network(image, args)))
+        streamed = time.monotonic()
+        model.fit(torch.cat(features), torch.tensor(labels))
     components = " + ".join(str(len(pca.components)) for pca in model.pca)
-    print(f"{folder.name}: {len(paths)} images, {components} components of {features[0][0].numel()} values; "
-          f"{streamed - start:.1f} s for features, {time.monotonic() - streamed:.1f} s for the fit")
-    with Run(folder, identity, args.resume) as run:
-        run.save("fit", 0, model, ended=True)
-        for category in categories:
-            own = folder / category.name if args.joint else folder
-            own.mkdir(exist_ok=True)
-            results[category.name] = evaluate(model, category, own, identity, begun, args)
-    return results
+    print(f"{name}: DFM, {args.backbone} {args.layer}, {args.size} x {args.size}, {len(paths)} images, {components} "
+          f"components of {features[0][0].numel()} values -> {run.folder}; {streamed - start:.1f} s for features, "
+          f"{time.monotonic() - streamed:.1f} s for the fit")
+    run.save(model, "fit", 0)
+    return model, run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and prediction
 
 
-def stream(paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None, skip: bool = False
-           ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Batches (images, masks, errors), read by worker processes while the network is busy; InputError unless `skip`."""
-    workers = min(common.cores(), math.ceil(len(paths) / args.batch)) if len(paths) > args.batch else 0
-    for images, truth, errors in load(ImageFiles(paths, args.size, masks, args.antialias), args, workers, {signal.SIGINT},
-                                      batch_size=args.batch):
-        for error in () if skip else filter(None, errors):
-            raise InputError(error)
-        yield images, truth, errors
-
-
-def predict_batch(model: nn.Module, image: Tensor, args: argparse.Namespace) -> dict[str, Tensor]:
-    """score, anomaly_map if there is one, and what else a picture shows, float32 on the CPU; image is uint8."""
+def predict_batch(model: nn.Module, image: Tensor, args: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """model.predict's parts of each image, float32 on the CPU; image is uint8."""
     with autocast(args):
-        if args.method == "dfm":
-            parts = dict(zip(("score", "anomaly_map"), mendable(model.predict, to_network(image, args))))
-        else:
-            parts = model.predict_parts(to_network(image, args))
-    return {name: part.float().cpu() for name, part in parts.items() if part is not None}
+        parts = model.predict(to_network(image, args))
+    parts = {name: part.float().cpu() for name, part in parts.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(len(image))]
+
+
+def strip(panels: list[np.ndarray]) -> Image.Image:
+    """Panels (H, W, 3) uint8 of one size side by side, with thin white gaps."""
+    gap = np.full((len(panels[0]), 4, 3), 255, np.uint8)
+    return Image.fromarray(np.concatenate([part for each in panels for part in (each, gap)][:-1], axis=1))
+
+
+def sheet(strips: list[Image.Image], captions: list[str], headings: list[str]) -> Image.Image:
+    """Strips of one size below each other, a caption (one or more lines) left of each, a heading over each column."""
+    scale = max(1, 160 // strips[0].height)  # room for the headings
+    width, height, gap = scale * strips[0].width, scale * strips[0].height, scale * 4
+    font = ImageFont.load_default(14)
+    left = 2 * gap + 16 + max(int(font.getlength(line)) for caption in captions for line in caption.split("\n"))
+    page = Image.new("RGB", (left + width + gap, 28 + len(strips) * (height + gap)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, heading in enumerate(headings):
+        draw.text((left + column * (height + gap) + height // 2, 14), heading, "black", font, anchor="mm")
+    for row, (picture, caption) in enumerate(zip(strips, captions)):
+        top = 28 + row * (height + gap)
+        page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.multiline_text((left - 12, top + height // 2), caption, "black", font, anchor="rm", align="right")
+    return page
 
 
 def draw_strip(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None, top: float
@@ -764,24 +629,25 @@ def draw_strip(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None, top
     """One image as it is, what the networks made of it, the map over it, the truth: the strip and its headings."""
     panels = {"image": common.panel(image)}
     for name, part in parts.items():
-        if name != "anomaly_map":
-            panels[name.replace("_", " ")] = common.panel(part) if part.ndim == 3 else common.heat(part)
+        if name not in ("score", "anomaly_map"):
+            panels[name.replace("_", " ")] = common.panel(part)
     panels["map over image"] = common.overlay(panels["image"], parts["anomaly_map"] / top)
     if mask is not None:
-        panels["truth"] = common.panel(mask.bool())
-    return common.strip(list(panels.values())), list(panels)
+        panels["truth"] = common.panel(mask)
+    return strip(list(panels.values())), list(panels)
 
 
-def write_image(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
+def save_picture(path: Path, picture: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomically(path, lambda file: picture.save(file, kind))
+    picture.save(path, compress_level=1)
 
 
 def save_map(path: Path, source: Path, anomaly_map: Tensor) -> None:
     """A map as 32-bit float TIFF of its image's own size, as MVTec AD's evaluation script reads them."""
     with Image.open(source) as image:
         size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # lying on its side
-    write_image(path, Image.fromarray(anomaly_map.numpy()).resize(size, Image.Resampling.BILINEAR), "TIFF")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(anomaly_map.numpy()).resize(size, Image.Resampling.BILINEAR).save(path, "TIFF")
 
 
 def color_top(model: nn.Module) -> float:
@@ -789,158 +655,132 @@ def color_top(model: nn.Module) -> float:
     return float(getattr(model, "map_scale", 1.0)) or 1.0
 
 
-def evaluate(model: nn.Module, category: Category, folder: Path, identity: dict, begun: float, args: argparse.Namespace
-             ) -> dict[str, float]:
-    """The metrics of the test set, with the last weights; writes metrics.json, and pictures where there are maps."""
-    values = measure(model.eval(), category, folder, args) if category.test else {}
-    content = values | {"category": category.name, "settings": identity, "seed": identity["seed"],
-                        "seconds": round(time.monotonic() - begun, 1)}
-    common.write_atomically(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+def picture_name(path: Path) -> Path:
+    """0.png of 0.png, 0.jpg.png of 0.jpg: no two images share a picture."""
+    return path if path.suffix == ".png" else path.with_name(path.name + ".png")
+
+
+def read_test(item: TestImage, args: argparse.Namespace) -> tuple[TestImage, Tensor | None, Tensor | None, str]:
+    """A test image, its pixels or None, its mask or None, and a remark that says why, or what is odd about the mask."""
+    try:
+        image, mask, remark = common.read_image(item.path, **reading(args)), None, ""
+        if item.mask:
+            mask, remark = common.read_mask(item.mask, args.size, item.path)
+        return item, image, mask, remark
+    except ValueError as error:
+        return item, None, None, str(error)
+
+
+def predictions(model: nn.Module, items: list[TestImage], args: argparse.Namespace) -> Iterator[tuple]:
+    """(item, image, mask, remark, prediction) of each test image; without a prediction if it could not be read."""
+    groups = [items[start:start + args.batch] for start in range(0, len(items), args.batch)]
+    for group in common.read_ahead(lambda item: read_test(item, args), groups):
+        images = [image for _, image, *_ in group if image is not None]
+        predicted = iter(predict_batch(model, torch.stack(images), args) if images else [])
+        for item, image, mask, remark in group:
+            yield item, image, mask, remark, None if image is None else next(predicted)
+
+
+def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict, begun: float, args: argparse.Namespace
+             ) -> tuple[dict, bool]:
+    """The metrics of the test set, with the last weights, and whether every file could be read.
+
+    Writes metrics.json, scores.csv and pictures. Pixel metrics count normal images and those whose mask is not empty.
+    """
     if not category.test:
         print(f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies it")
-    elif "image_auroc" not in values:
-        print(f"{category.name}: the test set has no {'normal' if all(category.labels) else 'defective'} images, so "
-              "there are no image metrics")
-    if category.test and getattr(model, "score_type", "") == "nll":
-        print("NLL scores whole images: there are no maps and no pixel metrics")
-    elif missing := category.has_truth.count(False):
-        print(f"{category.name}: pixel metrics leave out {missing} defective images without a mask in ground_truth/")
-    return values
-
-
-@contextlib.contextmanager
-def drawing() -> Iterator[Callable]:
-    """submit(function, *arguments): threads write pictures while the network goes on, and few pictures wait."""
-    def submit(*job) -> None:
-        jobs.append(pool.submit(*job))
-        if len(jobs) > 4 * common.cores():
-            jobs.popleft().result()
-
-    jobs = deque()
-    with ThreadPoolExecutor(common.cores()) as pool:
-        yield submit
-        for job in jobs:
-            job.result()  # raises what the thread raised
-
-
-def predictions(model: nn.Module, paths: list[Path], args: argparse.Namespace, masks: list[Path | None] | None = None,
-                skip: bool = False) -> Iterator[tuple[Tensor, Tensor, str, dict[str, Tensor]]]:
-    """Image, mask, error and predict_batch's parts of each path: read, computed and forgotten batch by batch."""
-    for images, truths, errors in stream(paths, args, masks, skip):
-        parts = predict_batch(model, images, args)
-        for i, error in enumerate(errors):
-            yield images[i], truths[i], error, {name: part[i] for name, part in parts.items()}
-
-
-def measure(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The metrics; pictures on the way. Scores are kept, images and maps are not."""
-    known, shown, top = category.has_truth, [], color_top(model)
-    scores, pixels = common.Ranking(len(known)), common.Ranking(known.count(True) * args.size ** 2)
-    tests = zip(category.test, category.labels, category.defects, known)
-    with drawing() as submit:
-        for (path, label, defect, truth), (image, mask, _, parts) in zip(
-                tests, predictions(model, category.test, args, category.masks)):
-            score = parts.pop("score")
-            scores.add(score, torch.tensor(label))
-            if not parts:  # a likelihood has no map
+    rows, shown, remarks, maps, regions = [], [], [], [], []
+    jobs, region_count, top = deque(), 0, color_top(model.eval())
+    with ThreadPoolExecutor(common.THREADS) as pool:
+        for item, image, mask, remark, parts in predictions(model, category.test, args):
+            if remark:
+                remarks.append((remark, item))
+            if parts is None:
                 continue
-            if truth:
-                pixels.add(parts["anomaly_map"], common.connected_components(mask[0]))
-            name = path.relative_to(category.folder / "test").with_suffix("")
-            strip, headings = draw_strip(image, parts, mask if truth else None, top)
-            submit(write_image, folder / "maps" / f"{name}.png", strip)
+            rows.append((item.path, int(item.defect != "good"), parts["score"].item()))
+            if "anomaly_map" not in parts:  # a likelihood has none
+                continue
+            if item.defect == "good":
+                mask = torch.zeros(args.size, args.size, dtype=torch.bool)
+            if mask is not None:
+                region = common.connected_regions(mask)
+                maps.append(parts["anomaly_map"])
+                regions.append(torch.where(region > 0, region + region_count, 0))
+                region_count += int(region.max())
+            picture, headings = draw_strip(image, parts, mask, top)
+            name = Path(item.defect, picture_name(item.path))
+            jobs.append(pool.submit(save_picture, folder / "maps" / name, picture))
             if args.save_maps:
-                tiff = folder.parent / "anomaly_maps" / category.name / "test" / f"{name}.tiff"
-                submit(save_map, tiff, path, parts["anomaly_map"])
-            if [other for other, *_ in shown].count(defect) < 2 and truth and len(shown) < 16:
-                shown.append((defect, f"{defect}\n{score:.3f}", strip, headings))
+                tiff = folder.parent / "anomaly_maps" / category.name / "test" / name.with_suffix(".tiff")
+                jobs.append(pool.submit(save_map, tiff, item.path, parts["anomaly_map"]))
+            if mask is not None and [defect for defect, *_ in shown].count(item.defect) < 2 and len(shown) < 16:
+                shown.append((item.defect, f"{item.defect}\n{rows[-1][2]:.3f}", picture, headings))
+            while len(jobs) > 4 * common.THREADS:  # few pictures wait
+                jobs.popleft().result()
+        for job in jobs:
+            job.result()
     if shown:
-        _, captions, strips, headings = zip(*shown)
-        write_image(folder / "summary.png", common.sheet(strips, captions, headings[0]))
-    image, pixel = scores.metrics(), pixels.metrics()
-    return ({f"image_{name}": image[name] for name in ("auroc", "ap", "f1") if image}
-            | {f"pixel_{name}": pixel[name] for name in ("auroc", "ap", "aupro") if pixel})
+        _, captions, pictures, headings = zip(*shown)
+        save_picture(folder / "summary.png", sheet(pictures, captions, headings[0]))
+    with mendable():
+        image_metrics = common.ranking_metrics(np.array([score for *_, score in rows], np.float32),
+                                               np.array([label for _, label, _ in rows], np.int64))
+        pixel_metrics = (common.ranking_metrics(torch.stack(maps).flatten().numpy(),
+                                                torch.stack(regions).flatten().numpy()) if maps else {})
+    values = {f"image_{name}": value for name, value in image_metrics.items() if name != "aupro"}
+    values |= {f"pixel_{name}": value for name, value in pixel_metrics.items() if name != "threshold"}
+    report(category, remarks, image_metrics, getattr(model, "score_type", ""))
+    content = values | {"category": category.name, "seconds": round(time.monotonic() - begun, 1), "settings": settings}
+    write_whole(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
+    with open(folder / "scores.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "label", "score"), *rows])
+    return values, len(rows) == len(category.test)
 
 
-def predict(args: argparse.Namespace) -> int:
+def report(category: Category, remarks: list[tuple], image_metrics: dict, score_type: str) -> None:
+    """What the metrics leave out, and what is odd about masks, in a line each."""
+    for remark in dict.fromkeys(remark for remark, _ in remarks):
+        items = [item for other, item in remarks if other == remark]
+        print(f"{category.name}: {len(items)} x {remark}, first {items[0].path}", file=sys.stderr)
+    missing = sum(item.defect != "good" and item.mask is None for item in category.test)
+    if score_type == "nll":
+        print("NLL scores whole images: there are no maps and no pixel metrics")
+    elif missing:
+        print(f"{category.name}: pixel metrics leave out {missing} defective images without a mask in ground_truth/")
+    if category.test and not image_metrics:
+        kind = "normal" if all(item.defect != "good" for item in category.test) else "defective"
+        print(f"{category.name}: the test set has no {kind} images, so there are no image metrics")
+
+
+def predict(model: nn.Module, args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
-    model = load_model(args)
-    paths = [path for given in args.predict for path in common.list_images(given)]
-    folder, used, bad, top = args.out / args.method / "predictions", set(), 0, color_top(model)
-    with drawing() as submit:
-        for path, (image, _, error, parts) in zip(paths, predictions(model, paths, args, skip=True)):
-            if error:
-                print(f"train.py: {error}", file=sys.stderr)
-                bad += 1
-                continue
-            print(f"{path} {parts.pop('score'):.6f}", flush=True)
-            name, count = path.stem, 1
-            while name in used:  # images of one name in several folders
-                name, count = f"{path.stem}.{count + 1}", count + 1
-            used.add(name)
-            if parts:
-                submit(write_image, folder / f"{name}.png", draw_strip(image, parts, None, top)[0])
-                if args.save_maps:
-                    submit(save_map, folder / f"{name}.tiff", path, parts["anomaly_map"])
-    return 2 if bad else 0
+    folder, names, items, top = args.out / args.method / "predictions", {}, [], color_top(model)
+    for given in args.predict:
+        home = os.path.expanduser(given)
+        for root in [Path(home)] if os.path.lexists(home) else map(Path, sorted(glob.glob(home)) or [home]):
+            with mendable():
+                found = common.list_images(root)
+            for path in found:
+                name = picture_name(path.relative_to(root) if root.is_dir() else Path(path.name))
+                while name in names.values():  # of another folder
+                    name = name.with_stem(name.stem + "+")
+                names[path] = name
+                items.append(TestImage(path, "good", None))
+    readable = True
+    for item, image, _, remark, parts in predictions(model, items, args):
+        if parts is None:
+            print(f"train.py: {remark}", file=sys.stderr)
+            readable = False
+            continue
+        print(f"{item.path} {parts['score'].item():.6f}", flush=True)
+        if "anomaly_map" in parts:
+            save_picture(folder / names[item.path], draw_strip(image, parts, None, top)[0])
+            if args.save_maps:
+                save_map((folder / names[item.path]).with_suffix(".tiff"), item.path, parts["anomaly_map"])
+    return 0 if readable else 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-IDENTITY = {"draem": ("data", "textures", "width", "sspcab", "batch", "steps", "lr", "beta"),
-            "dsr": ("data", "codebook", "width", "batch", "steps", "upsampling_steps", "lr"),
-            "dsr-codebook": ("pretrain", "pretrain_steps", "pretrain_batch", "hiddens", "codes", "lr"),
-            "dfm": ("data", "backbone", "layer", "pooling", "variance", "score", "weights", "joint"),
-            "checkpoint": ("data", "checkpoint")}
-
-
-def describe(args: argparse.Namespace, method: str) -> dict:
-    """The settings that make a run what it is; --resume holds the old ones against the new."""
-    def plain(value):
-        return str(value.resolve()) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    return {"method": method} | {name: plain(getattr(args, name))
-                                 for name in (*IDENTITY[method], "size", "antialias", "seed", "precision")}
-
-
-def load_model(args: argparse.Namespace) -> nn.Module:
-    """--checkpoint's model in eval mode."""
-    load, more = {"draem": (draem.load_draem, ()), "dfm": (dfm.load_dfm, ()),
-                  "dsr": (dsr.load_dsr, (getattr(args, "codebook", None),))}[args.method]
-    return to_device(from_file(load, args.checkpoint, *more), args)
-
-
-def run_category(category: Category, args: argparse.Namespace) -> dict[str, float]:
-    """Trains (or loads) and evaluates one category; returns its metrics."""
-    args = argparse.Namespace(**vars(args) | {"data": category.folder})
-    if args.method == "draem":
-        args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
-    folder = args.out / args.method / category.name
-    if args.checkpoint:
-        folder = folder.with_name(f"{category.name}-checkpoint")
-        model, begun = load_model(args), time.monotonic()
-        identity = args.trained | describe(args, "checkpoint") | {
-            "method": args.method, "seed": args.trained.get("seed", args.seed)}
-        folder.mkdir(parents=True, exist_ok=True)
-        return evaluate(model, category, folder, identity, begun, args)
-    if args.method == "dfm":
-        return run_dfm([category], folder, args)[category.name]
-    identity, stage_1 = describe(args, args.method), {}
-    torch.manual_seed(args.seed)  # initial weights
-    if args.method == "dsr" and args.codebook:
-        stage_1 = {"stage_1": from_file(dsr.read_codebook, args.codebook).get("run")}  # None of the authors'
-    model, stages = PREPARE[args.method](category, args)  # reads everything before anything is written
-    with Run(folder, identity, args.resume) as run:
-        if run.checkpoint:
-            from_file(draem.set_weights, model, run.checkpoint["model"], run.last)
-        run.say(f"{args.method}, width {args.width}, {args.size} x {args.size}, {args.device} {args.precision}: "
-                f"{' + '.join(str(stage.steps) for stage in stages)} steps of {args.batch} -> {folder}")
-        for stage in stages:
-            fit(run, model, stages, stage, args)
-        return evaluate(model, category, folder, identity | stage_1, run.begun, args)
-
-
-def bench(category: Category, args: argparse.Namespace) -> int:
+def bench(category: Category, args: argparse.Namespace, textures: Tensor | None) -> int:
     """Medians of the same steps and predictions that training and evaluation make, as one JSON line."""
     def median_ms(work: Callable[[], object]) -> float:
         times = []
@@ -953,133 +793,130 @@ def bench(category: Category, args: argparse.Namespace) -> int:
         return statistics.median(times[3:])  # after three to warm up
 
     wait = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
-    images = common.decode((category.train * args.batch)[:args.batch], args.size, "bench", args.antialias)
-    torch.manual_seed(args.seed)
+    images = resident((category.train * args.batch)[:args.batch], category.name, args)
+    model = to_device(new_model(args), args)
     if args.method == "dfm":  # it has no steps: its features stand for them
-        model = new_dfm(args)
-        def step() -> Tensor:
-            with autocast(args):
-                return mendable(model.features, to_network(images, args))
-        mendable(model.fit, torch.cat([step(), 2 * step()]))
+        features = model.features(to_network(images, args))
+        model.fit(torch.cat((features, 2 * features)))
+        step = lambda: model.features(to_network(images, args))
     else:
-        args.steps = args.steps or 1
-        model, stages = PREPARE[args.method](category, args)
-        generator, optimizer = torch.Generator(args.device), new_optimizer(stages[0])
-        step = lambda: advance(stages[0], optimizer, generator)
+        begin, *_ = next(iter(stages_of(model, args).values()))
+        optimizer = torch.optim.Adam(begin(), lr=args.lr, fused=True)
+        generator = torch.Generator(args.device).manual_seed(args.seed)
+        step = lambda: training_step(model, optimizer, sampler(images, textures, args), generator, args)
     result = {"method": args.method, "device": str(args.device), "precision": args.precision, "size": args.size,
               "batch": args.batch, "train_ms": median_ms(step)}
-    result["train_images_per_s"] = 1000 * args.batch / result["train_ms"]
-    if args.method != "dfm":
-        result["synthesis_images_per_s"] = 1000 * args.batch / median_ms(lambda: stages[0].synthesize(generator))
     model.eval()
     result["predict_ms"] = median_ms(lambda: predict_batch(model, images, args))
-    result["predict_images_per_s"] = 1000 * args.batch / result["predict_ms"]
-    memory = (torch.cuda.max_memory_allocated() if args.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-              if resource else 0)
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
-                     | {"peak_memory_mib": round(memory / 2 ** 20)}))
+    if args.device.type == "cuda":
+        result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2 ** 20
+    print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in result.items()}))
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+COLUMNS = ("image_auroc", "image_ap", "image_f1", "image_threshold", "pixel_auroc", "pixel_ap", "pixel_f1",
+           "pixel_aupro")
+
+
 def print_table(results: dict[str, dict[str, float]]) -> None:
-    columns = ("image_auroc", "image_ap", "image_f1", "pixel_auroc", "pixel_ap", "pixel_aupro")
     rows = dict(results)
     if len(rows) > 1:
-        found = {column: [row[column] for row in rows.values() if column in row] for column in columns}
-        rows["mean"] = {column: sum(values) / len(values) for column, values in found.items() if values}
+        found = {column: [row[column] for row in rows.values() if column in row] for column in COLUMNS}
+        rows["mean"] = {column: statistics.mean(values) for column, values in found.items()
+                        if values and column != "image_threshold"}
     width = max(map(len, (*rows, "category")))
-    print(f"{'category':{width}}" + "".join(f"{column.replace('_', ' '):>13}" for column in columns))
+    print(f"{'category':{width}}" + "".join(f"{column.replace('_', ' '):>17}" for column in COLUMNS))
     for name, row in rows.items():
-        print(f"{name:{width}}" + "".join(f"{row[c]:13.4f}" if c in row else f"{'-':>13}" for c in columns))
+        print(f"{name:{width}}" + "".join(f"{row[c]:17.4f}" if c in row else f"{'-':>17}" for c in COLUMNS))
 
 
-def share_out(categories: list[Category]) -> list[Category]:
-    """This rank's part: the longest first, each to the rank that has the least so far."""
-    loads, mine = [0] * WORLD, []
-    for category in sorted(categories, key=lambda category: -len(category.train)) if WORLD > 1 else categories:
-        rank = loads.index(min(loads))
-        loads[rank] += len(category.train)
-        if rank == RANK:
-            mine.append(category)
-    return mine
+def run_category(category: Category, args: argparse.Namespace, textures: Tensor | None) -> tuple[dict, bool]:
+    """Trains and evaluates one category, or reads what an earlier call of the same command left; its metrics."""
+    args = argparse.Namespace(**vars(args))
+    if args.method == "dfm":
+        model, run = fit_dfm(category.name, [category], args)
+    else:
+        model, run = train_category(category, args, textures)
+    metrics = run.folder / "metrics.json"
+    if run.checkpoint and metrics.exists():
+        values = json.loads(metrics.read_text())
+        return {column: values[column] for column in COLUMNS if column in values}, True
+    return evaluate(model, category, run.folder, run.settings, run.begun, args)
 
 
-def run_all(args: argparse.Namespace) -> int:
+def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
+    """Trains or, given a model, evaluates every category of --data that is this process's; prints a table."""
     if args.toy:
         common.make_toy("data/toy")
-    categories = common.find_categories("data/toy" if args.toy else args.data)
-    if args.method == "dsr" and not args.checkpoint:
-        toy = args.toy and not args.codebook and not args.pretrain
-        if toy:
-            args.pretrain = categories[0].folder / "train" / "good"
-        if args.pretrain and not args.bench:
-            args.codebook = pretrain_dsr(args, toy)
-    if args.method == "draem" and not (args.textures or args.checkpoint) and RANK == 0:
-        print("no --textures: coloured noise stands in; the published results need DTD (--textures dtd/images)")
+    with mendable():
+        categories = common.find_categories("data/toy" if args.toy else args.data, training=model is None)
+    textures, folder, results, failures = None, args.out / args.method, {}, 0
+    if args.method == "draem" and model is None:
+        args.textures = find_textures(args)
+        if args.textures:
+            with mendable():
+                paths = common.list_images(args.textures)
+            textures = resident(paths, "textures", args)
+    if args.method == "dsr" and model is None:
+        if args.toy and not args.codebook:
+            args.pretrain = args.pretrain or categories[0].folder / "train" / "good"
+        if args.pretrain:
+            args.codebook = pretrain_dsr(args)
     if args.bench:
-        return bench(categories[0], args)
-    if args.method == "dfm" and args.joint and not args.checkpoint:
-        print_table(run_dfm(categories, args.out / "dfm" / "joint", args))
-        print(f"written to {args.out / 'dfm' / 'joint'}")
-        return 0
-    results, failures, suffix = {}, {}, "-checkpoint" if args.checkpoint else ""
-    for category in share_out(categories):
+        return bench(categories[0], args, textures)
+    if args.method == "dfm" and args.joint and model is None:
+        model, run = fit_dfm("joint", categories, args)
+        folder = run.folder
+    for category in categories[RANK::WORLD]:
         try:
-            results[category.name] = run_category(category, args)
-        except (InputError, Exception if WORLD > 1 else InputError) as error:
-            if len(categories) == 1 and WORLD == 1 or isinstance(error, Stopped):
+            if model is None:
+                results[category.name], readable = run_category(category, args, textures)
+            else:
+                own = folder / (f"{category.name}-checkpoint" if args.checkpoint else category.name)
+                settings = settings_of(args, category.name, len(category.train), checkpoint=str(args.checkpoint))
+                results[category.name], readable = evaluate(model, category, own, settings, time.monotonic(), args)
+            failures += not readable
+        except UserError as error:
+            if len(categories) == 1:
                 raise
-            if not isinstance(error, InputError):
-                traceback.print_exc()
-            failures[category.name] = str(error)
-    if WORLD > 1:
-        everyone = [None] * WORLD
-        dist.all_gather_object(everyone, (results, failures))
-        results = {c.name: found[c.name] for c in categories for found, _ in everyone if c.name in found}
-        failures = {f"rank {rank}: {name}": text for rank, (_, of) in enumerate(everyone) for name, text in of.items()}
-    if RANK == 0:
-        if any(results.values()):
-            print_table(results)
-        for name, text in failures.items():
-            print(f"train.py: {name}: {text}", file=sys.stderr)
-        if results:
-            print(f"written to {args.out / args.method}: {', '.join(f'{name}{suffix}' for name in results)}")
+            print(f"train.py: {category.name}: {error}", file=sys.stderr)
+            failures += 1
+    if any(results.values()):
+        print_table(results)
+    print(f"written to {folder}")
     return 2 if failures else 0
 
 
-def user_line(error: Exception) -> InputError:
-    """What a user can mend, in one line; anything else is raised again, a fault of this program."""
-    if isinstance(error, InputError):
-        return error
-    if isinstance(error, OSError):
-        return InputError(f"{error.filename or 'output'}: {error.strerror or error}")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return InputError("out of memory: a smaller --batch, --size or --width needs less")
-    raise error
-
-
 def main(argv: list[str] | None = None) -> int:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names of any bytes are printed as they are
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names that the console's encoding lacks are escaped
     try:
         args = parse(argv)
         toy = args.data is None and args.checkpoint is None
         if toy:
             args = parse(argv, **TOY[args.method])
-        elif args.checkpoint:
-            content = read_checkpoint(args.checkpoint)
-            if isinstance(method := content.get("method"), str) and method != args.method:
-                raise InputError(f"{args.checkpoint}: a checkpoint of {method}, not of {args.method}")
-            run = content.get("run")
-            trained = run if isinstance(run, dict) else {}  # unknown of others' files
-            args = parse(argv, size=str(trained.get("size", args.size)), trained=trained)  # a text is checked as given
-        args.toy = toy
+        args.toy, model = toy, None
+        if toy and args.method == "dfm" and args.weights is None:
+            args.weights = "random"
+            print("the toy product needs no download: random weights (or --weights FILE)")
+        if args.checkpoint:
+            with mendable():
+                more = (args.codebook,) if args.method == "dsr" else ()
+                model = METHODS[args.method].load(args.checkpoint, *more)
+        for name, default in (("size", METHODS[args.method].PUBLISHED["size"]), ("antialias", False), ("bits", 16)):
+            if getattr(args, name) is None:
+                setattr(args, name, default if model is None else model.reading.get(name, default))
+        check(args)
         settle_hardware(args)
-        if WORLD > 1:
-            backend, wait = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo", datetime.timedelta(days=30)
-            mendable(lambda: dist.init_process_group(backend, timeout=wait))  # ranks wait for the longest category
-        return predict(args) if args.predict else run_all(args)
+        if model is not None:
+            print(f"{args.checkpoint}: {args.method}, images read at {args.size} x {args.size}"
+                  f"{', antialiased' if args.antialias else ''}", file=sys.stderr)
+            model = to_device(model, args)
+        return predict(model, args) if args.predict else run_all(args, model)
     except Stopped as stopped:
         number, text = stopped.args
         print(f"\n{text}", file=sys.stderr)
@@ -1088,12 +925,15 @@ def main(argv: list[str] | None = None) -> int:
         print("\nstopped; a training goes on from its last checkpoint with the same command and --resume",
               file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception as error:
-        print(f"train.py: {user_line(error)}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+    except OSError as error:  # a full disk, a forbidden folder
+        print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("train.py: out of memory: a smaller --batch, --size or --width needs less", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
