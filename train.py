@@ -298,8 +298,8 @@ class Run:
             raise UserError(f"{self.last}: not a checkpoint to go on from; choose another root with --out DIR")
         for name, value in self.settings.items():
             if value != then.get(name):
-                raise UserError(f"--resume: {self.last} was trained with {name.replace('_', '-')} {then.get(name)}, now "
-                                f"{value} is asked for; give the old value, or another root with --out DIR")
+                raise UserError(f"--resume: {self.last} was trained with {name.replace('_', '-')} {then.get(name)}, "
+                                f"now {value} is asked for; give the old value, or another root with --out DIR")
 
     def steps_done(self, stages: list[str], stage: str) -> int | None:
         """Steps of the stage that the checkpoint holds; None where a later stage has begun."""
@@ -455,6 +455,11 @@ def find_textures(args: argparse.Namespace) -> Path | None:
     return args.textures
 
 
+def new_latent(args: argparse.Namespace) -> dsr.DiscreteLatentModel:
+    return dsr.DiscreteLatentModel(args.hiddens, residual_hiddens=args.hiddens // 2, codes=args.codes,
+                                   code_length=args.hiddens)
+
+
 def new_model(args: argparse.Namespace) -> nn.Module:
     """An untrained model of these options."""
     torch.manual_seed(args.seed)
@@ -462,7 +467,8 @@ def new_model(args: argparse.Namespace) -> nn.Module:
         if args.method == "draem":
             return draem.DraemModel(args.width, args.sspcab, args.beta, args.rotate)
         if args.method == "dsr":
-            return dsr.DsrModel(dsr.load_codebook(args.codebook), args.width, rotation=args.rotate)
+            latent = new_latent(args) if args.bench and not args.codebook else dsr.load_codebook(args.codebook)
+            return dsr.DsrModel(latent, args.width, rotation=args.rotate)
         return dfm.DFMModel(args.backbone, args.layer, args.weights or True, args.pooling, args.variance, args.score)
 
 
@@ -522,10 +528,7 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
         return run.last
     torch.manual_seed(args.seed)  # initial weights
     with mendable():
-        latent = (dsr.load_codebook(run.last) if run.checkpoint else
-                  dsr.DiscreteLatentModel(args.hiddens, residual_hiddens=args.hiddens // 2, codes=args.codes,
-                                          code_length=args.hiddens))
-    latent = to_device(latent, args).train()
+        latent = to_device(dsr.load_codebook(run.last) if run.checkpoint else new_latent(args), args).train()
     print(f"stage 1: {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x {args.size}, "
           f"{args.device} {args.precision}: {args.pretrain_steps} steps of {args.pretrain_batch} -> {folder}")
     batches = pretrain_batches(paths, run.steps_done(["codebook"], "codebook"), args)
@@ -860,13 +863,13 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
             with mendable():
                 paths = common.list_images(args.textures)
             textures = resident(paths, "textures", args)
+    if args.bench:
+        return bench(categories[0], args, textures)
     if args.method == "dsr" and model is None:
         if args.toy and not args.codebook:
             args.pretrain = args.pretrain or categories[0].folder / "train" / "good"
         if args.pretrain:
             args.codebook = pretrain_dsr(args)
-    if args.bench:
-        return bench(categories[0], args, textures)
     if args.method == "dfm" and args.joint and model is None:
         model, run = fit_dfm("joint", categories, args)
         folder = run.folder
