@@ -110,7 +110,8 @@ def variance(text: str) -> float | int:
 
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        return f"{action.help}; default: %(default)s" if action.default not in (None, False) else action.help
+        plain = action.default in (None, False, argparse.SUPPRESS)
+        return action.help if plain else f"{action.help or ''} (default: %(default)s)"
 
 
 def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
