@@ -221,7 +221,8 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
         found.append(TestImage(path, "good" if normal else defect, None if normal else masks.get(key(path, folder))))
     unused = set(masks) - {key(item.path, folder) for item in found}
     if unused:
-        print(f"{truth}: {len(unused)} masks fit no test image, first {masks[min(unused)]}", file=sys.stderr)
+        names = ", ".join(str(masks[name].relative_to(truth)) for name in sorted(unused)[:5])
+        print(f"{truth}: {len(unused)} masks fit no test image: {names}{', ...' * (len(unused) > 5)}", file=sys.stderr)
     return found
 
 

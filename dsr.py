@@ -21,27 +21,28 @@ Five lines train a stage:
     sum(terms.values()).backward()
     optimizer.step()  # then optimizer.zero_grad()
 
-    paper       here                    released code, anomalib   shape                 range
-    I           image                   -                         (N, 3, H, W)          [0, 1], RGB; H, W as below
-    K_lo        codebook_lo             _vq_vae_top               (K, D)                K codes of D values
-    K_hi        codebook_hi             _vq_vae_bot               (K, D)
-    -           encoder_lo, encoder_hi  _encoder_t, _encoder_b    EncoderTop, EncoderBot
-    -           project_lo, project_hi  _pre_vq_conv_top, _bot    1 x 1 convs to F_lo and F_hi
-    -           upsample_lo             upsample_t                Q_lo at the size of Q_hi
-    -           general_decoder         _decoder_b                DecoderBot
-    F_lo, F_hi  features                -                         as Q_lo, Q_hi         before quantization
-    Q_lo        lo                      quantized_t               (N, D, H / 8, W / 8)  rows of K_lo
-    Q_hi        hi                      quantized_b               (N, D, H / 4, W / 4)  rows of K_hi
-    F~_lo, hi   restricted_lo, _hi      -                         as lo, hi             put back to normal
-    lambda_s    strength                anom_par                  (N,)                  share of the codebook, see below
-    M           mask                    -                         (N, 1, H, W)          1 = anomalous, throughout
-    I_gen       general                 -                         (N, 3, H, W)          by the general decoder
-    I_spc       specific                -                         (N, 3, H, W)          by the object-specific decoder
-    M_o         coarse                  -                         (N, H, W)             [0, 1], softmax of its logits
-    -           anomaly_map             -                         (N, H, W)             [0, 1], after upsampling
-    eta         score                   -                         (N,)                  [0, 1]
+    paper       here                 shape                  range
+    I           image                (N, 3, H, W)           [0, 1], RGB; H and W multiples of 32, at least 64
+    K_lo, K_hi  codebook_lo, _hi     (K, D)                 K codes of D values
+    F_lo, F_hi  features             as lo, hi              before quantization
+    Q_lo        lo                   (N, D, H / 8, W / 8)   rows of K_lo
+    Q_hi        hi                   (N, D, H / 4, W / 4)   rows of K_hi
+    F~_lo, _hi  restricted_lo, _hi   as lo, hi              put back to normal, before quantization
+    lambda_s    strength             (N,)                   share of the codebook that a swap may draw from
+    M           mask                 (N, 1, H, W)           1 = anomalous, 0 = normal, throughout
+    I_gen       general              (N, 3, H, W)           drawn by the general appearance decoder
+    I_spc       specific             (N, 3, H, W)           drawn by the object-specific decoder
+    M_o         coarse_mask          (N, H, W)              [0, 1], the softmax of logits (N, 2, H, W)
+    -           anomaly_map          (N, H, W)              [0, 1], likewise, after the upsampling module
+    eta         score                (N,)                   [0, 1]
 
-H and W are multiples of 32, and at least 64.
+    here                       the released code             anomalib
+    encoder_lo, _hi            _encoder_t, _encoder_b        EncoderTop, EncoderBot
+    project_lo, _hi            _pre_vq_conv_top, _bot        pre_vq_conv_top, _bot
+    codebook_lo, _hi           _vq_vae_top, _vq_vae_bot      vq_vae_top, vq_vae_bot
+    general_decoder            _decoder_b                    DecoderBot
+    upsample_lo                upsample_t                    upsample_t
+    lambda_s                   anom_par, its least           latent_anomaly_strength, its least
 """
 import io
 import math
@@ -53,17 +54,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PUBLISHED = {
+PUBLISHED = {  # the paper's, where no other source is named
     "size": 256,                    # side of the square images, in pixels
     "lr": 2e-4,                     # of Adam, in every stage
     # stage 1
-    "hiddens": 128,                 # width of the encoders and decoders
-    "residual_layers": 2,           # of each encoder and decoder
-    "residual_hiddens": 64,         # width inside them
     "codes": 4096,                  # in each codebook, K
     "code_length": 128,             # values of a code, D
-    "decay": 0.99,                  # of the codebooks' moving averages
-    "commitment_cost": 0.25,        # weight of the commitment terms
+    "hiddens": 128,                 # width of the encoders and decoders (the released weights)
+    "residual_layers": 2,           # of each encoder and decoder (the released weights)
+    "residual_hiddens": 64,         # width inside them (the released weights)
+    "decay": 0.99,                  # of the codebooks' moving averages (the code)
+    "commitment_cost": 0.25,        # weight of the commitment terms (the code)
     "pretrain_steps": 200_000,      # on ImageNet
     "pretrain_batch": 32,
     # stage 2
@@ -71,19 +72,20 @@ PUBLISHED = {
     "batch": 8,
     "drops": (0.8,),                # shares of the steps after which lr is a tenth: 80,000
     "drop_factor": 0.1,
-    "width": 64,                    # of the first block of the detection and upsampling modules
+    "width": 64,                    # of the detection and upsampling modules' first block (the code)
     "lambda_s": (0.2, 1.0),         # range of the share of the codebook, nearest first, that a swap may draw from
     "skipped": 0.05,                # share of the codebook, nearest first, that no swap draws: 204 of 4096
-    "both_share": 0.5,              # anomalous samples with both levels swapped; lo alone and hi alone share the rest
+    "both_share": 0.5,              # of anomalous samples, both levels swapped; lo alone and hi alone share the rest
+                                    # equally (train_dsr.py:233-266)
     "normal_share": 0.5,            # samples that get no anomaly (the code)
-    "noise_threshold": 0.5,         # mask = noise > threshold
+    "noise_threshold": 0.5,         # mask = noise > threshold (the code)
     "rotation": 90.0,               # degrees, at most, by which normal images are turned (the code)
     "rotation_share": 0.4,          # of the normal images in stage 2 (the code)
-    "reconstruction_lambda": 10.0,  # weight of the object-specific decoder's squared error
+    "reconstruction_lambda": 10.0,  # weight of MSE(I, I_spc)
     # stage 3
     "upsampling_steps": 20_000,
     "upsampling_rotation_share": 0.3,  # of the normal images in stage 3 (the code)
-    "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; its code has [0.2, 1.0]
+    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: DRAEM's, as the code has DRAEM's code's
     # score
     "window": 21,                   # side of the mean filter at 256 x 256 (the code)
 }

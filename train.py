@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 if sys.version_info < (3, 10):
-    sys.exit("train.py: Python 3.10 or newer is needed, this is " + sys.version.split()[0])
+    print("train.py: Python 3.10 or newer is needed, this is " + sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 import numpy as np
 import torch
@@ -473,15 +474,6 @@ def new_model(args: argparse.Namespace) -> nn.Module:
         return dfm.DFMModel(args.backbone, args.layer, args.weights or True, args.pooling, args.variance, args.score)
 
 
-def stages_of(model: nn.Module, args: argparse.Namespace) -> dict[str, tuple]:
-    """Each stage's beginning, which returns the parameters to train, its number of steps and its drops of the rate."""
-    drops = METHODS[args.method].PUBLISHED["drops"]
-    if args.method == "draem":
-        return {"train": (lambda: list(model.train().parameters()), args.steps, drops)}
-    return {"detection": (lambda: model.begin(2), args.steps, drops),
-            "upsampling": (lambda: model.begin(3), args.upsampling_steps, ())}
-
-
 def sampler(images: Tensor, textures: Tensor | None, args: argparse.Namespace) -> Callable:
     """sample(generator): what model.losses takes before the generator."""
     def sample(generator: torch.Generator) -> tuple:
@@ -501,12 +493,15 @@ def train_category(category: Category, args: argparse.Namespace, textures: Tenso
     images = resident(category.train, category.name, args)
     with mendable():
         model = to_device(METHODS[args.method].load(run.last) if run.checkpoint else new_model(args), args)
-    stages = stages_of(model, args)
     print(f"{category.name}: {args.method}, width {args.width}, {args.size} x {args.size}, {len(images)} images, "
-          f"{args.device} {args.precision}: {' + '.join(str(steps) for _, steps, _ in stages.values())} steps of "
-          f"{args.batch} -> {run.folder}")
-    for stage, (begin, steps, drops) in stages.items():
-        train(run, model, begin(), sampler(images, textures, args), args, list(stages), stage, steps, drops)
+          f"{args.device} {args.precision}, batches of {args.batch} -> {run.folder}")
+    sample, drops = sampler(images, textures, args), METHODS[args.method].PUBLISHED["drops"]
+    if args.method == "draem":
+        train(run, model, list(model.train().parameters()), sample, args, ["train"], "train", args.steps, drops)
+    else:
+        stages = ["detection", "upsampling"]
+        train(run, model, model.begin(2), sample, args, stages, "detection", args.steps, drops)
+        train(run, model, model.begin(3), sample, args, stages, "upsampling", args.upsampling_steps)
     return model, run
 
 
@@ -804,8 +799,8 @@ def bench(category: Category, args: argparse.Namespace, textures: Tensor | None)
         model.fit(torch.cat((features, 2 * features)))
         step = lambda: model.features(to_network(images, args))
     else:
-        begin, *_ = next(iter(stages_of(model, args).values()))
-        optimizer = torch.optim.Adam(begin(), lr=args.lr, fused=True)
+        parameters = model.begin(2) if args.method == "dsr" else model.train().parameters()
+        optimizer = torch.optim.Adam(parameters, lr=args.lr, fused=True)
         generator = torch.Generator(args.device).manual_seed(args.seed)
         step = lambda: training_step(model, optimizer, sampler(images, textures, args), generator, args)
     result = {"method": args.method, "device": str(args.device), "precision": args.precision, "size": args.size,
