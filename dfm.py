@@ -347,7 +347,7 @@ class DFMModel(nn.Module):
 
         ValueError for another kind of image.
         """
-        check_image(image)
+        image = check_image(image)
         score, grid = self(image)
         if grid is None:
             return {"score": score.float()}
@@ -367,18 +367,19 @@ def _as_maps(features: Tensor) -> Tensor:
     return features if features.ndim == 4 else features[:, :, None, None]
 
 
-def check_image(image: Tensor) -> None:
-    """ValueError unless image is floats (N, 3, H, W) in [0, 1]."""
+def check_image(image: Tensor) -> Tensor:
+    """The image in float32. ValueError unless it is (N, 3, H, W) in [0, 1]."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return  # a graph cannot depend on values
+        return image.float()  # a graph cannot depend on values
     if not image.is_floating_point():
         raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
-    if image.ndim != 4 or image.shape[1] != 3:
+    if image.ndim != 4 or image.shape[1] != 3 or not len(image):
         raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
     low, high = (value.item() for value in image.float().aminmax())
     if not -1e-3 <= low <= high <= 1.001:
         raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; the model itself applies "
                          "ImageNet's mean and standard deviation")
+    return image.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -473,8 +474,8 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
                              "(--weights FILE), random weights (--weights random), or a network") from None
     else:
         content = read_weights(path)
-        state = {str(key).removeprefix("module.").removeprefix("backbone."): value
-                 for key, value in content.get("state_dict", content).items()}
+        content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+        state = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in content.items()}
     own = model.trim().state_dict()
     later = {*LAYERS, "fc"} - {*model.layers}
     state = {key: value for key, value in state.items() if key.split(".")[0] not in later}
@@ -489,19 +490,23 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
 def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:
     """State and settings of an anomalib Dfm checkpoint: (d, k) singular vectors are the components, transposed."""
     given, state = content.get("hyper_parameters", {}), content["state_dict"]
-    if "model.pca_model.singular_vectors" not in state or given.get("score_type") != "fre":
-        raise ValueError(f"{path}: an anomalib checkpoint, but not of a fitted Dfm with score_type fre")
+    mean, vectors = state.get("model.pca_model.mean"), state.get("model.pca_model.singular_vectors")
+    if (given.get("backbone") not in RESNETS or given.get("layer") not in LAYERS[:4] or given.get("score_type") != "fre"
+            or mean is None or vectors is None or vectors.ndim != 2 or len(vectors) != len(mean)):
+        raise ValueError(f"{path}: an anomalib checkpoint, but not of a fitted Dfm with score_type fre, backbone "
+                         f"{' or '.join(RESNETS)}, and a whole layer")
     settings = {"backbone": given["backbone"], "layer": given["layer"], "n_comps": given["pca_level"],
                 "pooling_kernel_size": given["pooling_kernel_size"], "score_type": "fre"}
     prefix = "model.feature_extractor.feature_extractor."
     network = {key.replace(prefix, "backbone."): value for key, value in state.items() if key.startswith(prefix)}
-    kernels, _, _, width = RESNETS[settings["backbone"]]
+    *_, width = RESNETS[settings["backbone"]]
     channels = width << LAYERS.index(settings["layer"])
-    mean = state["model.pca_model.mean"].double()
-    side = math.isqrt(len(mean) // channels)  # of the pooled map; images were square
+    side = math.isqrt(len(mean) // channels)  # of the pooled map
+    if channels * side ** 2 != len(mean):
+        raise ValueError(f"{path}: {len(mean)} values are no square map of {channels} channels; images must be square")
     shown = state.get("post_processor.pixel_max", torch.tensor(math.nan))  # the largest value of its own maps
-    return network | {"pca.0.mean": mean.reshape(channels, side, side),
-                      "pca.0.components": state["model.pca_model.singular_vectors"].double().T,
+    return network | {"pca.0.mean": mean.double().reshape(channels, side, side),
+                      "pca.0.components": vectors.double().T,
                       "map_scale": shown if shown.isfinite() and shown > 0 else torch.ones(())}, settings
 
 
@@ -510,7 +515,7 @@ def load(path: str | Path) -> DFMModel:
     content = read_weights(path)
     if "settings" in content:
         state, settings, reading = own_parts(content, "dfm", path)
-    elif "state_dict" in content:
+    elif isinstance(content.get("state_dict"), dict):
         state, settings = anomalib_parts(content, path)
         reading = anomalib_reading(content)
     else:

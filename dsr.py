@@ -767,7 +767,7 @@ class DsrModel(nn.Module):
         """
         if self.training:
             raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
-        check_image(image, 64)
+        image = check_image(image, 64)
         general, specific, coarse, logits = self(image)
         coarse_mask = coarse.float().softmax(1)[:, 1]
         anomaly_map = logits.float().softmax(1)[:, 1]
@@ -785,13 +785,13 @@ def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tenso
 
 
 # Copied from draem.check_image
-def check_image(image: Tensor, least: int) -> None:
-    """ValueError unless image is floats (N, 3, H, W) in [0, 1], H and W multiples of 32 and `least` or more."""
+def check_image(image: Tensor, least: int) -> Tensor:
+    """The image in float32. ValueError unless (N, 3, H, W) in [0, 1], H and W multiples of 32 from `least` on."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return  # a graph cannot depend on values
+        return image.float()  # a graph cannot depend on values
     if not image.is_floating_point():
         raise ValueError(f"image: floats in [0, 1] are needed, found {image.dtype}; divide 8-bit values by 255")
-    if image.ndim != 4 or image.shape[1] != 3:
+    if image.ndim != 4 or image.shape[1] != 3 or not len(image):
         raise ValueError(f"image: RGB of shape (N, 3, H, W) is needed, found {tuple(image.shape)}")
     if image.shape[2] % 32 or image.shape[3] % 32 or min(image.shape[2:]) < least:
         raise ValueError(f"image: sides of {least} or more, in steps of 32, are needed, found {tuple(image.shape[2:])}")
@@ -799,6 +799,7 @@ def check_image(image: Tensor, least: int) -> None:
     if not -1e-3 <= low <= high <= 1.001:
         raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "
                          "standard deviation scale them")
+    return image.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1020,7 +1021,7 @@ def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
     if "settings" in content:
         state, settings, reading = own_parts(content, "dsr", path)
     else:
-        if "state_dict" in content:
+        if isinstance(content.get("state_dict"), dict):
             state = {key.removeprefix("model."): value for key, value in clean(content["state_dict"]).items()}
             latent = released_latent({key.removeprefix(LATENT): value for key, value in state.items()
                                       if key.startswith(LATENT)})

@@ -501,7 +501,14 @@ def test_loading_what_is_not_a_fitted_model(tmp_path):
             (layer1_state(), "neither.*conv1.weight, bn1.weight, bn1.bias"),
             (other | {"hyper_parameters": other["hyper_parameters"] | {"score_type": "nll"}}, "score_type fre"),
             (other | {"state_dict": {"model.encoder.weight": torch.zeros(1)}}, "not of a fitted Dfm"),
-            ({"state_dict": other["state_dict"]}, "not of a fitted Dfm")):
+            ({"state_dict": other["state_dict"]}, "not of a fitted Dfm"),
+            (other | {"hyper_parameters": other["hyper_parameters"] | {"backbone": "resnet34"}}, "backbone resnet18"),
+            (other | {"hyper_parameters": other["hyper_parameters"] | {"layer": "layer3.1"}}, "a whole layer"),
+            (other | {"state_dict": other["state_dict"] | {
+                "model.pca_model.mean": torch.zeros(64 * 6), "model.pca_model.singular_vectors": torch.zeros(64 * 6, 2)}},
+             "square"),
+            (other | {"state_dict": other["state_dict"] | {"model.pca_model.singular_vectors": torch.zeros(0)}},
+             "fitted")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=words) as error:
             load(path)
