@@ -626,7 +626,7 @@ def reorder(state: dict, channels) -> None:
 def anomalib_reading(content: dict) -> dict:
     """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
     config = content.get("anomalib_pre_processor_config") or {}
-    steps = config.get("transform", {}).get("init_args", {}).get("transforms", [])
+    steps = (config.get("transform") or {}).get("init_args", {}).get("transforms", [])
     sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
     size = sizes[0] if sizes else 256
     return {"size": size if isinstance(size, int) else size[0], "antialias": True}

@@ -259,7 +259,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 def eager_on_cpu(x: Tensor) -> bool:
     """Whether work is best done in pieces: a GPU wants few large ones, a graph none whose number depends on a shape."""
-    return not (x.is_cuda or torch.compiler.is_compiling())
+    return not (x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class VectorQuantizer(nn.Module):
@@ -735,6 +735,8 @@ class DsrModel(nn.Module):
 
     def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The terms of the stage that begin set, for image (N, 3, H, W) in [0, 1] on the generator's device."""
+        if self.stage is None:
+            raise RuntimeError("losses are those of a stage: call model.begin(2) or model.begin(3) first")
         return {2: self.detection_losses, 3: self.upsampling_losses}[self.stage](image, generator)
 
     def detection_losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -907,7 +909,7 @@ def reorder(state: dict, channels) -> None:
 def anomalib_reading(content: dict) -> dict:
     """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
     config = content.get("anomalib_pre_processor_config") or {}
-    steps = config.get("transform", {}).get("init_args", {}).get("transforms", [])
+    steps = (config.get("transform") or {}).get("init_args", {}).get("transforms", [])
     sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
     size = sizes[0] if sizes else 256
     return {"size": size if isinstance(size, int) else size[0], "antialias": True}
@@ -942,8 +944,8 @@ def fetch_codebook() -> Path:
     """The published codebook's zip from torch.hub's cache or, its hash checked, the network. ValueError in one line."""
     path = Path(torch.hub.get_dir(), "checkpoints", CODEBOOK_URL.rsplit("/", 1)[1])
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CODEBOOK_URL, str(path), CODEBOOK_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: another hash
             raise ValueError(f"{CODEBOOK_URL}: {error}; fetch the codebook where there is a network and give it with "
@@ -958,7 +960,8 @@ def read_codebook(path: str | Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
                     if name.endswith(".pckl"):  # no file that torch.save wrote, itself a zip, has such a member
-                        return torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
+                        content = torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
+                        return dict(content)
         except Exception:  # a damaged file fails in many ways
             raise ValueError(f"{path}: damaged; delete it and fetch it again from {CODEBOOK_URL}") from None
     return read_weights(path)

@@ -505,7 +505,7 @@ def test_loading_what_is_not_a_fitted_model(tmp_path):
             (other | {"hyper_parameters": other["hyper_parameters"] | {"backbone": "resnet34"}}, "backbone resnet18"),
             (other | {"hyper_parameters": other["hyper_parameters"] | {"layer": "layer3.1"}}, "a whole layer"),
             (other | {"state_dict": other["state_dict"] | {
-                "model.pca_model.mean": torch.zeros(64 * 6), "model.pca_model.singular_vectors": torch.zeros(64 * 6, 2)}},
+                "model.pca_model.mean": torch.zeros(384), "model.pca_model.singular_vectors": torch.zeros(384, 2)}},
              "square"),
             (other | {"state_dict": other["state_dict"] | {"model.pca_model.singular_vectors": torch.zeros(0)}},
              "fitted")):

@@ -575,7 +575,7 @@ def test_predict_as_a_graph(way, double):
         dynamic = ({0: torch.export.Dim("batch")},)
         graph, x = torch.export.export(module, (example,), dynamic_shapes=dynamic).module(), image(1, 3, 3, 64, 64)
     else:
-        graph, x = torch.jit.trace(module, example, check_trace=False), image(1, 2, 3, 64, 64)
+        graph, x = torch.jit.trace(module, example, check_trace=False), image(1, 3, 3, 64, 64)
     for found, expected in zip(graph(x), module(x)):
         close(found, expected)
 
