@@ -422,8 +422,9 @@ def read_weights(path: str | Path) -> dict:
     except Exception as error:  # a damaged file fails in many ways
         own = isinstance(error, ValueError) and str(error).startswith(path)
         raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
+    for state in (content, content.get("state_dict", {})) if isinstance(content, dict) else (content,):
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"{path}: a dict of tensors by name is needed, found {type(state).__name__}")
     return content
 
 
@@ -442,21 +443,30 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
 
 
 # Copied from draem.own_parts
-def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
     """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
-    if content.get("method") != method or not {"model", "reading"} <= set(content):
+    if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
-    return content["model"], content["settings"], content["reading"]
+    parts = [content.get(name) for name in ("model", "settings", "reading")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: lacks the model, settings or reading of a checkpoint of {method}")
+    return parts
 
 
 # Copied from draem.anomalib_reading
-def anomalib_reading(content: dict) -> dict:
+def anomalib_reading(content: dict, path: str | Path) -> dict:
     """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
-    config = content.get("anomalib_pre_processor_config") or {}
-    steps = (config.get("transform") or {}).get("init_args", {}).get("transforms", [])
-    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
-    size = sizes[0] if sizes else 256
-    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
+    try:
+        transform = content["anomalib_pre_processor_config"]["transform"]
+        steps = transform["init_args"].get("transforms", [transform])
+        resize = next(step["init_args"] for step in steps if step["class_path"].endswith(".Resize"))
+        sides = {resize["size"]} if isinstance(resize["size"], int) else set(resize["size"])
+        antialias = bool(resize.get("antialias", True))
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        sides, antialias = {256}, True
+    if len(sides) != 1:
+        raise ValueError(f"{path}: was trained on images of {resize['size']}; only square ones are read")
+    return {"size": sides.pop(), "antialias": antialias}
 
 
 def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
@@ -474,8 +484,8 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
                              "(--weights FILE), random weights (--weights random), or a network") from None
     else:
         content = read_weights(path)
-        content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-        state = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in content.items()}
+        state = {key.removeprefix("module.").removeprefix("backbone."): value
+                 for key, value in content.get("state_dict", content).items()}
     own = model.trim().state_dict()
     later = {*LAYERS, "fc"} - {*model.layers}
     state = {key: value for key, value in state.items() if key.split(".")[0] not in later}
@@ -515,9 +525,9 @@ def load(path: str | Path) -> DFMModel:
     content = read_weights(path)
     if "settings" in content:
         state, settings, reading = own_parts(content, "dfm", path)
-    elif isinstance(content.get("state_dict"), dict):
+    elif "state_dict" in content:
         state, settings = anomalib_parts(content, path)
-        reading = anomalib_reading(content)
+        reading = anomalib_reading(content, path)
     else:
         raise ValueError(f"{path}: neither this project's checkpoint nor anomalib's; it begins with "
                          + ", ".join(map(str, list(content)[:3])))

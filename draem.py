@@ -119,7 +119,7 @@ def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> 
 
 
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each sample about its centre by its own angle (N,): bilinear, black where nothing was."""
+    """Turn each sample clockwise about its centre by its own angle (N,): bilinear, black where nothing was."""
     height, width = image.shape[2:]
     y, x = turned_grid(height, width, degrees.deg2rad())
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
@@ -590,8 +590,9 @@ def read_weights(path: str | Path) -> dict:
     except Exception as error:  # a damaged file fails in many ways
         own = isinstance(error, ValueError) and str(error).startswith(path)
         raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
+    for state in (content, content.get("state_dict", {})) if isinstance(content, dict) else (content,):
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"{path}: a dict of tensors by name is needed, found {type(state).__name__}")
     return content
 
 
@@ -608,11 +609,14 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
     return model
 
 
-def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
     """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
-    if content.get("method") != method or not {"model", "reading"} <= set(content):
+    if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
-    return content["model"], content["settings"], content["reading"]
+    parts = [content.get(name) for name in ("model", "settings", "reading")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: lacks the model, settings or reading of a checkpoint of {method}")
+    return parts
 
 
 def reorder(state: dict, channels) -> None:
@@ -623,13 +627,19 @@ def reorder(state: dict, channels) -> None:
             state[key] = value.index_select(dimension, torch.tensor(order))
 
 
-def anomalib_reading(content: dict) -> dict:
+def anomalib_reading(content: dict, path: str | Path) -> dict:
     """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
-    config = content.get("anomalib_pre_processor_config") or {}
-    steps = (config.get("transform") or {}).get("init_args", {}).get("transforms", [])
-    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
-    size = sizes[0] if sizes else 256
-    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
+    try:
+        transform = content["anomalib_pre_processor_config"]["transform"]
+        steps = transform["init_args"].get("transforms", [transform])
+        resize = next(step["init_args"] for step in steps if step["class_path"].endswith(".Resize"))
+        sides = {resize["size"]} if isinstance(resize["size"], int) else set(resize["size"])
+        antialias = bool(resize.get("antialias", True))
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        sides, antialias = {256}, True
+    if len(sides) != 1:
+        raise ValueError(f"{path}: was trained on images of {resize['size']}; only square ones are read")
+    return {"size": sides.pop(), "antialias": antialias}
 
 
 FIRST, SECOND = "reconstructive_subnetwork.", "discriminative_subnetwork."
@@ -656,7 +666,7 @@ def load(path: str | Path) -> DraemModel:
     settings, reading = {}, {"size": PUBLISHED["size"], "antialias": False}
     if "settings" in content:
         state, settings, reading = own_parts(content, "draem", path)
-    elif isinstance(content.get("state_dict"), dict):
+    elif "state_dict" in content:
         state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()
                  if key.startswith(("model." + FIRST, "model." + SECOND))}
         if any(".masked_conv" in key for key in state):
@@ -665,7 +675,7 @@ def load(path: str | Path) -> DraemModel:
             for old, new in ANOMALIB_SSPCAB.items():
                 state = {key.replace("block5." + old, "block5." + new): value for key, value in state.items()}
         reorder(state, [(SECOND + "encoder_segment.block1.0.weight", 1, (3, 4, 5, 0, 1, 2))])
-        reading = anomalib_reading(content)
+        reading = anomalib_reading(content, path)
     elif "encoder.block1.0.weight" in content:
         beside = path.with_name(path.stem + "_seg" + path.suffix)
         state = {FIRST + key: value for key, value in content.items()}

@@ -163,7 +163,7 @@ def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> 
 
 # Copied from draem.rotate
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each sample about its centre by its own angle (N,): bilinear, black where nothing was."""
+    """Turn each sample clockwise about its centre by its own angle (N,): bilinear, black where nothing was."""
     height, width = image.shape[2:]
     y, x = turned_grid(height, width, degrees.deg2rad())
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
@@ -869,8 +869,9 @@ def read_weights(path: str | Path) -> dict:
     except Exception as error:  # a damaged file fails in many ways
         own = isinstance(error, ValueError) and str(error).startswith(path)
         raise ValueError(str(error) if own else f"{path}: truncated, or not a file of weights") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a dict of tensors is needed, found {type(content).__name__}")
+    for state in (content, content.get("state_dict", {})) if isinstance(content, dict) else (content,):
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"{path}: a dict of tensors by name is needed, found {type(state).__name__}")
     return content
 
 
@@ -889,11 +890,14 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
 
 
 # Copied from draem.own_parts
-def own_parts(content: dict, method: str, path: str | Path) -> tuple[dict, dict, dict]:
+def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
     """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
-    if content.get("method") != method or not {"model", "reading"} <= set(content):
+    if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
-    return content["model"], content["settings"], content["reading"]
+    parts = [content.get(name) for name in ("model", "settings", "reading")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: lacks the model, settings or reading of a checkpoint of {method}")
+    return parts
 
 
 # Copied from draem.reorder
@@ -906,13 +910,19 @@ def reorder(state: dict, channels) -> None:
 
 
 # Copied from draem.anomalib_reading
-def anomalib_reading(content: dict) -> dict:
+def anomalib_reading(content: dict, path: str | Path) -> dict:
     """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
-    config = content.get("anomalib_pre_processor_config") or {}
-    steps = (config.get("transform") or {}).get("init_args", {}).get("transforms", [])
-    sizes = [step["init_args"]["size"] for step in steps if step["class_path"].endswith(".Resize")]
-    size = sizes[0] if sizes else 256
-    return {"size": size if isinstance(size, int) else size[0], "antialias": True}
+    try:
+        transform = content["anomalib_pre_processor_config"]["transform"]
+        steps = transform["init_args"].get("transforms", [transform])
+        resize = next(step["init_args"] for step in steps if step["class_path"].endswith(".Resize"))
+        sides = {resize["size"]} if isinstance(resize["size"], int) else set(resize["size"])
+        antialias = bool(resize.get("antialias", True))
+    except (AttributeError, KeyError, StopIteration, TypeError):
+        sides, antialias = {256}, True
+    if len(sides) != 1:
+        raise ValueError(f"{path}: was trained on images of {resize['size']}; only square ones are read")
+    return {"size": sides.pop(), "antialias": antialias}
 
 
 def clean(state: dict) -> dict:
@@ -1024,12 +1034,12 @@ def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
     if "settings" in content:
         state, settings, reading = own_parts(content, "dsr", path)
     else:
-        if isinstance(content.get("state_dict"), dict):
+        if "state_dict" in content:
             state = {key.removeprefix("model."): value for key, value in clean(content["state_dict"]).items()}
             latent = released_latent({key.removeprefix(LATENT): value for key, value in state.items()
                                       if key.startswith(LATENT)})
             state = {key: value for key, value in state.items() if key.startswith(tuple(AUTHORS_FILES.values()))}
-            reading = anomalib_reading(content)
+            reading = anomalib_reading(content, path)
         else:
             files = authors_files(path)
             latent = released_latent(read_codebook(codebook or path.with_name(CODEBOOK_FILE)))

@@ -692,10 +692,11 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
     jobs, region_count, top = deque(), 0, color_top(model.eval())
     with ThreadPoolExecutor(common.THREADS) as pool:
         for item, image, mask, remark, parts in predictions(model, category.test, args):
+            if parts is None:
+                print(f"train.py: {remark}", file=sys.stderr)
+                continue
             if remark:
                 remarks.append((remark, item))
-            if parts is None:
-                continue
             rows.append((item.path, int(item.defect != "good"), parts["score"].item()))
             if "anomaly_map" not in parts:  # a likelihood has none
                 continue
@@ -740,7 +741,7 @@ def report(category: Category, remarks: list[tuple], image_metrics: dict, score_
     """What the metrics leave out, and what is odd about masks, in a line each."""
     for remark in dict.fromkeys(remark for remark, _ in remarks):
         items = [item for other, item in remarks if other == remark]
-        print(f"{category.name}: {len(items)} x {remark}, first {items[0].path}", file=sys.stderr)
+        print(f"{category.name}: images with {remark}: {len(items)}, first {items[0].path}", file=sys.stderr)
     missing = sum(item.defect != "good" and item.mask is None for item in category.test)
     if score_type == "nll":
         print("NLL scores whole images: there are no maps and no pixel metrics")

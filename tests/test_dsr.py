@@ -672,7 +672,7 @@ def test_anomalib_checkpoints_are_kept_as_trained(tmp_path):
     for name in PARTS:
         content |= {f"model.{name}.{key}": value for key, value in as_authors(getattr(model, name)).items()}
     content |= {"post_processor._image_threshold": torch.zeros(1), "model.other": torch.zeros(1)}
-    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [192, 224], "antialias": True}}
+    resize = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [192, 192], "antialias": True}}
     other = {"class_path": "torchvision.transforms.v2.ToDtype", "init_args": {"scale": True}}
     config = {"transform": {"init_args": {"transforms": [other, resize]}}}
     for extra, size in (({}, 256), ({"anomalib_pre_processor_config": config}, 192)):
