@@ -768,7 +768,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
             *[({"state_dict": theirs | {seg_conv: value}}, "does not fit")
               for value in (torch.zeros(4), torch.zeros(4, 3, 3, 3), 3)],
             ({"weights": 1, "more": 2}, "it begins with weights, more"), ({}, "neither this project's checkpoint"),
-            ({"state_dict": 3}, "neither this project's checkpoint"),
+            ({"state_dict": 3}, "found int"), ({"state_dict": {1: state[conv]}}, "tensors by name"),
+            (own(model, model=3), "lacks the model"),
             (model.discriminative_subnetwork.state_dict(), "the authors' first file"),
             ([1, 2], "found list"), (torch.zeros(3), "found Tensor")]:
         torch.save(content, path)
