@@ -82,21 +82,22 @@ def read_image(source, size: int, antialias: bool = False, bits: int = 16) -> Te
 def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, str]:
     """The mask of an image, bool (size, size), or None if no pixel is anomalous; and "", or what is odd about it.
 
-    True where more than half of a pixel's area is anomalous: where the file is not black, or, in a JPEG, lighter than
-    half. A mask of the raw size of a photo that its EXIF orientation turns is turned with it. ValueError, in one line.
+    True where more than half of a pixel's area (Pillow's BOX) is anomalous: not black, or, in JPEG and WebP, above 127.
+    A mask of the raw size of a photo that its EXIF orientation turns is turned with it. ValueError, in one line.
     """
     mask = open_upright(path, any_mode=True)
-    jpeg = mask.format == "JPEG"  # rings at edges
+    lossy = mask.format in ("JPEG", "WEBP")  # rings at edges
     with Image.open(image_path) as photo:
-        raw, turn = photo.size, photo.getexif().get(0x0112, 1)
-    shown = raw[::-1] if turn >= 5 else raw  # 5 to 8: the camera lay on its side
-    if mask.size == raw != shown:
+        turn = photo.getexif().get(0x0112, 1)
+        on_its_side = turn in (5, 6, 7, 8)
+        shown = ImageOps.exif_transpose(photo).size if on_its_side else photo.size
+    if on_its_side and mask.size == shown[::-1] != shown:
         mask.getexif()[0x0112] = turn
         mask = ImageOps.exif_transpose(mask)
     if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
         mask = mask.convert("RGB")
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
-    values = (values > 127 if jpeg else values != 0).any(2)
+    values = (values > 127 if lossy else values != 0).any(2)
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
     result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # half, off by rounding, is not more than half
     if not result.any():
@@ -160,7 +161,7 @@ def list_images(folder: Path | str) -> list[Path]:
         return [folder]
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)  # a link back to a folder above would never end
-        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
         files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
         seen.add(real)
     found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -213,16 +214,20 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
         return MASK_ENDING.sub("", path.relative_to(top).with_suffix("").as_posix().lower())
 
     masks, found = {key(path, truth): path for path in (list_images(truth) if truth else [])}, []
-    for path in list_images(folder):
+    images = list_images(folder)
+    plain = {key(path, folder) for path in images if not MASK_ENDING.search(path.stem.lower())}
+    for path in images:
         if path.parent == folder:
             raise ValueError(f"{path}: is it normal or not? Put it into test/good or into test/ and the defect's name")
+        if MASK_ENDING.search(path.stem.lower()) and key(path, folder) in plain:
+            raise ValueError(f"{path}: looks like a mask; put masks into ground_truth/, beside test/")
         defect = path.relative_to(folder).parts[0]
         normal = defect.lower() in NORMAL
         found.append(TestImage(path, "good" if normal else defect, None if normal else masks.get(key(path, folder))))
     unused = set(masks) - {key(item.path, folder) for item in found}
     if unused:
-        names = ", ".join(str(masks[name].relative_to(truth)) for name in sorted(unused)[:5])
-        print(f"{truth}: {len(unused)} masks fit no test image: {names}{', ...' * (len(unused) > 5)}", file=sys.stderr)
+        names = ", ".join(str(masks[name].relative_to(truth)) for name in sorted(unused))
+        print(f"{truth}: {len(unused)} masks fit no test image: {names[:500]}", file=sys.stderr)
     return found
 
 
@@ -246,10 +251,8 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a' if os.path.lexists(folder) else 'no such'} folder; check the path")
     own = category(folder)
-    if own:
-        return [own]
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
-    found = [each for each in map(category, below) if each]
+    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    found = [own] if own else [each for each in map(category, below) if each]
     if not found and not training:
         raise ValueError(f"{folder}: holds no test/; evaluation needs test/good and test/DEFECT")
     return found or [Category(os.path.basename(os.path.abspath(folder)), normal_images(folder), [])]
@@ -340,7 +343,6 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
     (cx, cy), turn, lost = 256 + rng.uniform(-4, 4, 2), rng.uniform(-0.04, 0.04), int(rng.integers(6))
     for start in range(int(rng.integers(24)) - 536, 512, 24):  # the belt's weave
         draw.line((start, 0, start + 512, 512), (52, 54, 62), 8)
-        draw.line((start, 512, start + 512, 0), (40, 42, 50), 4)
     draw.circle((cx, cy), 196, (84, 86, 92))
     for radius in range(188, 0, -2):  # the light comes from the upper left; the lathe left rings
         grey = 118 + (188 - radius) * 3 // 8 + 6 * (radius // 2 % 2) - 28 * (94 <= radius <= 98)
@@ -385,12 +387,11 @@ def make_toy(folder: Path | str) -> Path:
         for part, count in TOY.items():
             truth = toy / "ground_truth" / Path(part).name
             (toy / part).mkdir(parents=True)
-            if truth.name != "good":
-                truth.mkdir(parents=True)
             for index in range(count):  # each from its own seed: no picture depends on the ones before
                 picture, mask = draw_toy(truth.name, np.random.default_rng((*part.encode(), index)))
                 picture.save(toy / part / f"{index:03d}.png")
                 if truth.name != "good":
+                    truth.mkdir(parents=True, exist_ok=True)
                     mask.save(truth / f"{index:03d}_mask.png")
         if not folder.is_dir():  # another process may have been faster
             toy.rename(folder)

@@ -926,7 +926,7 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)
         return 128 + signal.SIGINT
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print("train.py:", " ".join(str(error).splitlines()), file=sys.stderr)
     except OSError as error:  # a full disk, a forbidden folder
         print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:

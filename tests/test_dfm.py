@@ -317,7 +317,8 @@ def test_predict_exports_at_any_batch_size(score_type):
 
     model, images = small(score_type), image(2, 5, 3, 32, 32)
     model.fit(model.features(images), torch.tensor([0, 0, 0, 1, 1]))
-    program = torch.export.export(Predict(model), (images,), dynamic_shapes={"image": {0: torch.export.Dim("batch")}})
+    batch = {"image": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(Predict(model), (images,), dynamic_shapes=batch)
     for batch in (images[:1], image(3, 4, 3, 32, 32)):
         close(program.module()(batch), model.predict(batch), rtol=1e-5, atol=1e-5)
 
