@@ -1,7 +1,7 @@
 """common.py against oracles that share none of its code: pixels computed in numpy from what was written into a file,
 the four-neighbour rule and a dense triangle filter for the resize, counts of whole pixels for masks, folders laid out
 by hand, pairwise and all-threshold loops for metrics, a flood fill for regions, closed forms for pictures, the toy
-product drawn without its noise or its defect, and figures of it that were recorded when README's were."""
+product drawn without its noise or its defect."""
 import io
 import math
 import os
@@ -666,11 +666,6 @@ class Quiet:
 
     def uniform(self, low, high, size=None):
         return 0.0 if (low, high) == (-5, 5) else self.rng.uniform(low, high, size)
-
-
-TOY_FIGURES = {  # of the pictures without noise: mean red, green and blue, deviation, and the mask's pixels
-    "good": (88.3000, 88.5273, 91.6010, 48.7806, 0), "scratch": (87.7750, 87.9932, 91.0668, 48.6955, 319),
-    "stain": (87.7557, 87.7265, 90.5419, 48.2176, 709), "missing": (87.3782, 87.5945, 90.6479, 48.3919, 404)}
 
 
 def draw(kind, generator):
