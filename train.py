@@ -864,7 +864,7 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
         return bench(categories[0], args, textures)
     if args.method == "dsr" and model is None:
         if args.toy and not args.codebook:
-            args.pretrain = args.pretrain or categories[0].folder / "train" / "good"
+            args.pretrain = args.pretrain or Path("data/toy/train/good")
         if args.pretrain:
             args.codebook = pretrain_dsr(args)
     if args.method == "dfm" and args.joint and model is None:
