@@ -16,7 +16,6 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
@@ -266,13 +265,17 @@ def connected_regions(mask: Tensor) -> Tensor:
     regions = torch.zeros(mask.shape, dtype=torch.int32)
     if not mask.any():
         return regions
-    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    inside = mask[box].double()
-    number, spread = torch.zeros_like(inside), torch.arange(1, inside.numel() + 1).view_as(inside) * inside
-    while not torch.equal(number, spread):
-        number, spread = spread, F.max_pool2d(spread[None], 3, stride=1, padding=1)[0] * inside
-    regions[mask] = number[mask[box]].unique(return_inverse=True)[1].int() + 1
+    rows, columns = np.nonzero(mask.numpy())
+    inside = mask.numpy()[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+    number, spread = None, np.arange(1, inside.size + 1).reshape(inside.shape) * inside
+    while not np.array_equal(number, spread):
+        number, spread = spread, spread.copy()
+        for near, far in ((spread[1:], spread[:-1]), (spread[:, 1:], spread[:, :-1])):  # the largest of 3 x 3
+            largest = np.maximum(near, far)
+            near[:] = largest
+            np.maximum(far, largest, out=far)
+        spread *= inside
+    regions[mask] = torch.from_numpy(np.unique(number[inside], return_inverse=True)[1]).int() + 1
     return regions
 
 
