@@ -121,8 +121,7 @@ def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
             yield [job.result() for job in waiting.popleft()]
 
 
-def training_batches(paths: list[Path], batch: int, size: int, antialias: bool = False, bits: int = 16
-                     ) -> Iterator[Tensor]:
+def training_batches(paths: list[Path], batch: int, size: int, antialias: bool = False, bits: int = 16) -> Iterator:
     """The training images once, in order: uint8 (batch, 3, size, size). ValueError for the first that cannot be read.
 
     Says so on stderr where a camera fills only the lower bits of 16-bit files, which then look black.
@@ -303,8 +302,7 @@ def ranking_metrics(score: np.ndarray, region: np.ndarray, limit: float = 0.3) -
     alarms = np.insert((region == 0).cumsum()[last], 0, 0)
     area = ((hits[1:] + hits[:-1]) * np.diff(alarms)).sum() / 2  # of whole numbers, exact
     f1 = 2 * hits[1:] / (hits[1:] + alarms[1:] + positives)
-    weight = np.zeros(len(sizes))  # of a sample in the mean over regions
-    weight[1:] = 1 / np.maximum(sizes[1:], 1)
+    weight = np.append(0, 1 / np.maximum(sizes[1:], 1))  # of a sample in the mean over regions
     overlap = np.insert(weight[region].cumsum()[last], 0, 0.0)
     missed, rate = 1 - overlap / overlap[-1], alarms / negatives
     inside = rate <= limit  # no area beyond the limit
