@@ -165,15 +165,16 @@ def list_images(folder: Path | str) -> list[Path]:
     found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
-    others = Counter(path.suffix.lower() or path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES)
+    others = Counter(path.suffix.lower() or path.name for path in set(files) - set(found))
     if others:
-        text = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-        print(f"{folder}: passed over {sum(others.values())} files that are no images ({text})", file=sys.stderr)
+        print(f"{folder}: passed over {sum(others.values())} files that are no images "
+              f"({', '.join(f'{count} {suffix}' for suffix, count in others.most_common(5))})", file=sys.stderr)
     return found
 
 
 class TestImage(NamedTuple):
     path: Path
+    name: Path  # the path below test/, which names its pictures
     defect: str  # its folder's name; "good" if normal
     mask: Path | None
 
@@ -219,9 +220,9 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
             raise ValueError(f"{path}: is it normal or not? Put it into test/good or into test/ and the defect's name")
         if MASK_ENDING.search(path.stem.lower()) and key(path, folder) in plain:
             raise ValueError(f"{path}: looks like a mask; put masks into ground_truth/, beside test/")
-        defect = path.relative_to(folder).parts[0]
-        normal = defect.lower() in NORMAL
-        found.append(TestImage(path, "good" if normal else defect, None if normal else masks.get(key(path, folder))))
+        name = path.relative_to(folder)
+        defect = "good" if name.parts[0].lower() in NORMAL else name.parts[0]
+        found.append(TestImage(path, name, defect, None if defect == "good" else masks.get(key(path, folder))))
     unused = set(masks) - {key(item.path, folder) for item in found}
     if unused:
         names = ", ".join(str(masks[name].relative_to(truth)) for name in sorted(unused))

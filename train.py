@@ -209,12 +209,15 @@ def settle_hardware(args: argparse.Namespace) -> None:
     """Turns --device and --precision into what this machine has."""
     try:
         device = torch.device(args.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        elif device.type != "cpu":
+        if device.type not in ("cpu", "cuda"):
             raise RuntimeError("cpu, cuda or cuda:N is needed")
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("there is no GPU that this PyTorch can use")
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {args.device}: cannot be used ({reason}); --device cpu works anywhere") from None
     if args.precision == "auto":
@@ -510,7 +513,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     with mendable():
         paths = common.list_images(args.pretrain)
     name = "codebook-toy" if args.toy else f"codebook-{args.pretrain.resolve().name}"
-    settings = settings_of(args, name, len(paths)) | {"method": "dsr-codebook"}
+    size_in_bytes = sum(path.stat().st_size for path in paths)  # tells one product's train/good from another's
+    settings = settings_of(args, name, len(paths), bytes=size_in_bytes) | {"method": "dsr-codebook"}
     for later in ("batch", "steps", "upsampling_steps", "width", "rotate"):  # of stages 2 and 3
         del settings[later]
     folder = args.out / "dsr" / name
@@ -554,17 +558,19 @@ def pretrain_batches(paths: list[Path], start: int, args: argparse.Namespace) ->
         images = torch.cat((images, (255 * strange).round().byte()))
     count = len(paths) if images is None else len(images)
 
-    def indices() -> Iterator[list[int]]:
+    def indices() -> Iterator[Tensor]:
         for step in range(start, args.pretrain_steps):
             generator = torch.Generator().manual_seed(seed_of(args.seed, "images", step))
-            yield torch.randint(count, (args.pretrain_batch,), generator=generator).tolist()
+            yield torch.randint(count, (args.pretrain_batch,), generator=generator)
 
     if images is not None:
-        for index in indices():
-            yield images[index]
+        for index in indices():  # from pinned memory, so that the host does not wait for a GPU
+            index = index.pin_memory() if images.is_cuda else index
+            yield images[index.to(images.device, non_blocking=True)]
     else:
         with mendable():
-            for batch in common.read_ahead(lambda i: common.read_image(paths[i], **reading(args)), indices()):
+            for batch in common.read_ahead(lambda index: common.read_image(paths[index], **reading(args)),
+                                           map(Tensor.tolist, indices())):
                 yield torch.stack(batch)
 
 
@@ -573,6 +579,9 @@ def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> 
     paths = [path for category in categories for path in category.train]
     labels = [number for number, category in enumerate(categories) for _ in category.train]
     run = Run(args.out / "dfm" / name, settings_of(args, name, len(paths)), args.resume)
+    if run.checkpoint:
+        with mendable():
+            return to_device(dfm.load(run.last), args), run
     model, features, start = to_device(new_model(args), args).eval(), [], time.monotonic()
     with mendable():
         for image in common.training_batches(paths, args.batch, **reading(args)):
@@ -708,7 +717,7 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
                 regions.append(torch.where(region > 0, region + region_count, 0))
                 region_count += int(region.max())
             picture, headings = draw_strip(image, parts, mask, top)
-            name = Path(item.defect, picture_name(item.path))
+            name = picture_name(item.name)
             jobs.append(pool.submit(save_picture, folder / "maps" / name, picture))
             if args.save_maps:
                 tiff = folder.parent / "anomaly_maps" / category.name / "test" / name.with_suffix(".tiff")
@@ -730,7 +739,8 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
     values = {f"image_{name}": value for name, value in image_metrics.items() if name != "aupro"}
     values |= {f"pixel_{name}": value for name, value in pixel_metrics.items() if name != "threshold"}
     report(category, remarks, image_metrics, getattr(model, "score_type", ""))
-    content = values | {"category": category.name, "seconds": round(time.monotonic() - begun, 1), "settings": settings}
+    content = values | {"category": category.name, "unreadable": len(category.test) - len(rows),
+                        "seconds": round(time.monotonic() - begun, 1), "settings": settings}
     write_whole(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
     with open(folder / "scores.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "label", "score"), *rows])
@@ -754,7 +764,7 @@ def report(category: Category, remarks: list[tuple], image_metrics: dict, score_
 
 def predict(model: nn.Module, args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
-    folder, names, items, top = args.out / args.method / "predictions", {}, [], color_top(model)
+    folder, names, items, top = args.out / args.method / "predictions", set(), [], color_top(model)
     for given in args.predict:
         home = os.path.expanduser(given)
         for root in [Path(home)] if os.path.lexists(home) else map(Path, sorted(glob.glob(home)) or [home]):
@@ -762,10 +772,10 @@ def predict(model: nn.Module, args: argparse.Namespace) -> int:
                 found = common.list_images(root)
             for path in found:
                 name = picture_name(path.relative_to(root) if root.is_dir() else Path(path.name))
-                while name in names.values():  # of another folder
+                while name in names:  # of another folder
                     name = name.with_stem(name.stem + "+")
-                names[path] = name
-                items.append(TestImage(path, "good", None))
+                names.add(name)
+                items.append(TestImage(path, name, "good", None))
     readable = True
     for item, image, _, remark, parts in predictions(model, items, args):
         if parts is None:
@@ -774,9 +784,9 @@ def predict(model: nn.Module, args: argparse.Namespace) -> int:
             continue
         print(f"{item.path} {parts['score'].item():.6f}", flush=True)
         if "anomaly_map" in parts:
-            save_picture(folder / names[item.path], draw_strip(image, parts, None, top)[0])
+            save_picture(folder / item.name, draw_strip(image, parts, None, top)[0])
             if args.save_maps:
-                save_map((folder / names[item.path]).with_suffix(".tiff"), item.path, parts["anomaly_map"])
+                save_map((folder / item.name).with_suffix(".tiff"), item.path, parts["anomaly_map"])
     return 0 if readable else 2
 
 
@@ -843,7 +853,7 @@ def run_category(category: Category, args: argparse.Namespace, textures: Tensor 
     metrics = run.folder / "metrics.json"
     if run.checkpoint and metrics.exists():
         values = json.loads(metrics.read_text())
-        return {column: values[column] for column in COLUMNS if column in values}, True
+        return {column: values[column] for column in COLUMNS if column in values}, not values["unreadable"]
     return evaluate(model, category, run.folder, run.settings, run.begun, args)
 
 
