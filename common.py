@@ -22,7 +22,7 @@ from torch import Tensor
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, for which Pillow would run Ghostscript
 NORMAL = ("good", "ok", "normal")  # names of a folder of faultless images, in any case
-MASK_ENDING = re.compile(r"_(mask|gt|label)$")  # what a mask's name may have after its image's, in any case
+MASK_ENDING = re.compile(r"_(mask|gt|label|seg)$")  # what a mask's name may have after its image's, in any case
 THREADS = min(16, os.cpu_count() or 1)  # that read images or write pictures
 
 Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses more than twice as many; line-scan cameras make large pictures
@@ -85,7 +85,7 @@ def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, s
     A mask of the raw size of a photo that its EXIF orientation turns is turned with it. ValueError, in one line.
     """
     mask = open_upright(path, any_mode=True)
-    lossy = mask.format in ("JPEG", "WEBP")  # rings at edges
+    lossy = mask.format in ("JPEG", "WEBP")  # which ring at edges
     with Image.open(image_path) as photo:
         turn = photo.getexif().get(0x0112, 1)
         on_its_side = turn in (5, 6, 7, 8)
@@ -98,15 +98,13 @@ def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, s
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
     values = (values > 127 if lossy else values != 0).any(2)
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-    result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # half, off by rounding, is not more than half
+    result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 for rounding
     if not result.any():
         where = f"at {size} x {size}" if values.any() else "in its file"
         return None, f"an empty mask, {where}, left out of the pixel metrics"
-    if values.mean() > 0.5:
-        return result, "a mask that covers most of its image; 0 must be normal"
     if abs(mask.width * shown[1] / (mask.height * shown[0]) - 1) > 0.02:
         return result, "a mask of another aspect ratio than its image"
-    return result, ""
+    return result, "a mask that covers most of its image; 0 must be normal" if values.mean() > 0.5 else ""
 
 
 def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:

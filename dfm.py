@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 PUBLISHED = {
     "size": 256,             # side of the square images, in pixels (anomalib)
+    "batch": 8,              # images that are read together; the result does not depend on it
     "backbone": "resnet50",  # anomalib
     "layer": "layer3",       # whose features are taken (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
@@ -499,14 +500,15 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
 
 def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:
     """State and settings of an anomalib Dfm checkpoint: (d, k) singular vectors are the components, transposed."""
-    given, state = content.get("hyper_parameters", {}), content["state_dict"]
+    given, state = content.get("hyper_parameters") or {}, content["state_dict"]
     mean, vectors = state.get("model.pca_model.mean"), state.get("model.pca_model.singular_vectors")
     if (given.get("backbone") not in RESNETS or given.get("layer") not in LAYERS[:4] or given.get("score_type") != "fre"
             or mean is None or vectors is None or vectors.ndim != 2 or len(vectors) != len(mean)):
         raise ValueError(f"{path}: an anomalib checkpoint, but not of a fitted Dfm with score_type fre, backbone "
                          f"{' or '.join(RESNETS)}, and a whole layer")
-    settings = {"backbone": given["backbone"], "layer": given["layer"], "n_comps": given["pca_level"],
-                "pooling_kernel_size": given["pooling_kernel_size"], "score_type": "fre"}
+    settings = {"backbone": given["backbone"], "layer": given["layer"],
+                "n_comps": given.get("pca_level", PUBLISHED["share"]),
+                "pooling_kernel_size": given.get("pooling_kernel_size", PUBLISHED["pooling"]), "score_type": "fre"}
     prefix = "model.feature_extractor.feature_extractor."
     network = {key.replace(prefix, "backbone."): value for key, value in state.items() if key.startswith(prefix)}
     *_, width = RESNETS[settings["backbone"]]

@@ -33,15 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PUBLISHED = {
-    "size": 256,                  # side of the square images, in pixels (section 4)
+PUBLISHED = {  # the paper's implementation details, where no other source is named
+    "size": 256,                  # side of the square images, in pixels
     "batch": 8,                   # images in a step (the code)
-    "epochs": 700,                # of as many samples as images (section 4), drawn with replacement (the code)
-    "lr": 1e-4,                   # of Adam (section 4)
-    "drops": (4 / 7, 6 / 7),      # shares of the training after which lr is a tenth: 400 and 600 epochs (section 4)
-    "drop_factor": 0.1,           # the code has 0.2, after 0.8 and 0.9 of the epochs (train_DRAEM.py:47)
+    "epochs": 700,                # of as many samples as images, drawn with replacement (the code)
+    "lr": 1e-4,                   # of Adam
+    "drops": (4 / 7, 6 / 7),      # shares of the training after which lr drops: after 400 and 600 epochs
+    "drop_factor": 0.1,           # of lr at a drop; the code has 0.2, after 0.8 and 0.9 (train_DRAEM.py:47)
     "width": 128,                 # channels of the reconstructive sub-network's first block, twice the other's
-    "rotation": 45.0,             # degrees, at most, by which normal images are turned (section 4); the code has 90
+    "rotation": 45.0,             # degrees, at most, by which normal images are turned; the code has 90
     "rotation_share": 0.3,        # of the normal images (the code)
     "normal_share": 0.5,          # samples that get no anomaly (the code)
     "noise_threshold": 0.5,       # mask = noise > threshold (the code)
@@ -345,7 +345,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class SSPCAB(nn.Module):
-    """Self-supervised predictive convolutional attentive block (2111.09099, figure 2): (N, C, H, W) in and out.
+    """Self-supervised predictive convolutional attentive block (2111.09099): (N, C, H, W) in and out.
 
     Predicts each position from the four places two steps up or down and left or right of it, never from itself.
     In training, `cost` is the mean squared error between the block's output and its input; elsewhere None.
@@ -460,7 +460,7 @@ class DiscriminativeSubNetwork(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model (figure 3).
+# The model.
 
 
 class DraemModel(nn.Module):
@@ -486,7 +486,8 @@ class DraemModel(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (N, 3, H, W) -> reconstruction (N, 3, H, W), logits (N, 2, H, W)."""
         reconstruction = self.reconstructive_subnetwork(image)
-        logits = self.discriminative_subnetwork(torch.cat((reconstruction, image), 1))  # in this order
+        # Section 3.2, concatenation: the reconstruction first, then the input.
+        logits = self.discriminative_subnetwork(torch.cat((reconstruction, image), 1))
         return reconstruction, logits
 
     def losses(self, image: Tensor, texture: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
@@ -538,8 +539,8 @@ def check_image(image: Tensor, least: int) -> Tensor:
         raise ValueError(f"image: sides of {least} or more, in steps of 32, are needed, found {tuple(image.shape[2:])}")
     low, high = (value.item() for value in image.float().aminmax())
     if not -1e-3 <= low <= high <= 1.001:
-        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "
-                         "standard deviation scale them")
+        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; divide 8-bit values by 255, "
+                         "and do not normalize")
     return image.float()
 
 

@@ -37,10 +37,10 @@ Five lines train a stage:
     eta         score                (N,)                   [0, 1]
 
     here                       the released code             anomalib
-    encoder_lo, _hi            _encoder_t, _encoder_b        EncoderTop, EncoderBot
+    encoder_lo, _hi            _encoder_t, _encoder_b        encoder_t, encoder_b: EncoderTop, EncoderBot
     project_lo, _hi            _pre_vq_conv_top, _bot        pre_vq_conv_top, _bot
     codebook_lo, _hi           _vq_vae_top, _vq_vae_bot      vq_vae_top, vq_vae_bot
-    general_decoder            _decoder_b                    DecoderBot
+    general_decoder            _decoder_b                    decoder_b: DecoderBot
     upsample_lo                upsample_t                    upsample_t
     lambda_s                   anom_par, its least           latent_anomaly_strength, its least
 """
@@ -56,7 +56,7 @@ from torch import Tensor, nn
 
 PUBLISHED = {  # the paper's, where no other source is named
     "size": 256,                    # side of the square images, in pixels
-    "lr": 2e-4,                     # of Adam, in every stage
+    "lr": 2e-4,                     # of Adam in stages 1 and 2; taken over for stage 3
     # stage 1
     "codes": 4096,                  # in each codebook, K
     "code_length": 128,             # values of a code, D
@@ -70,7 +70,7 @@ PUBLISHED = {  # the paper's, where no other source is named
     # stage 2
     "steps": 100_000,
     "batch": 8,
-    "drops": (0.8,),                # shares of the steps after which lr is a tenth: 80,000
+    "drops": (0.8,),                # share of the steps after which lr is multiplied by drop_factor: 80,000
     "drop_factor": 0.1,
     "width": 64,                    # of the detection and upsampling modules' first block (the code)
     "lambda_s": (0.2, 1.0),         # range of the share of the codebook, nearest first, that a swap may draw from
@@ -85,7 +85,7 @@ PUBLISHED = {  # the paper's, where no other source is named
     # stage 3
     "upsampling_steps": 20_000,
     "upsampling_rotation_share": 0.3,  # of the normal images in stage 3 (the code)
-    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: DRAEM's, as the code has DRAEM's code's
+    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: DRAEM's, for the code takes DRAEM's blend
     # score
     "window": 21,                   # side of the mean filter at 256 x 256 (the code)
 }
@@ -258,7 +258,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """Whether work is best done in pieces: a GPU wants few large ones, a graph none whose number depends on a shape."""
+    """True on a CPU outside a traced graph, where working in pieces is faster."""
     return not (x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
@@ -279,8 +279,8 @@ class VectorQuantizer(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """argmin over codes of ||feature - code||^2, less ||feature||^2, which is the same for all: (N, h, w).
 
-        On a GPU the distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. All
-        vectors are taken from the codes' mean, lest rounding decide where they lie close together (as before training).
+        On a GPU the distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. The
+        codes' mean is subtracted first: rounding would otherwise decide between close codes.
         """
         with torch.autocast(features.device.type, enabled=False):
             mean = self.embedding.weight.mean(0)
@@ -320,7 +320,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, index: Tensor) -> None:
-        """One step of the moving averages. Sizes are smoothed (Laplace) as in the code."""
+        """One step of the moving averages, of sizes with Laplace smoothing."""
         counts = torch.zeros_like(self.ema_cluster_size).index_add_(0, index, torch.ones_like(rows[:, 0]))
         sums = torch.zeros_like(self.ema_w).index_add_(0, index, rows)
         size = torch.lerp(counts, self.ema_cluster_size, PUBLISHED["decay"])
@@ -662,7 +662,8 @@ class DsrModel(nn.Module):
         self.image_reconstruction_network.apply(initialize)
         self.anomaly_detection_module.apply(initialize)
         self.stage = None  # 2 or 3 while it is trained
-        self.ranked_lo = self.ranked_hi = None  # rank_codes of both codebooks in stage 2
+        self.register_buffer("ranked_lo", None, persistent=False)  # rank_codes of both codebooks in stage 2
+        self.register_buffer("ranked_hi", None, persistent=False)
 
     def begin(self, stage: int) -> list[nn.Parameter]:
         """Freeze what stage 2 or 3 does not train, put the rest in training mode, and return its parameters.
@@ -675,9 +676,8 @@ class DsrModel(nn.Module):
         self.training = True  # predict is for a model in eval mode
         for module in self.children():
             module.train(module in trained).requires_grad_(module in trained)
-        if stage == 2:
-            self.ranked_lo = rank_codes(first.codebook_lo.embedding.weight)
-            self.ranked_hi = rank_codes(first.codebook_hi.embedding.weight)
+        self.ranked_lo = rank_codes(first.codebook_lo.embedding.weight) if stage == 2 else None
+        self.ranked_hi = rank_codes(first.codebook_hi.embedding.weight) if stage == 2 else None
         return [parameter for module in trained for parameter in module.parameters()]
 
     @torch.no_grad()
@@ -799,8 +799,8 @@ def check_image(image: Tensor, least: int) -> Tensor:
         raise ValueError(f"image: sides of {least} or more, in steps of 32, are needed, found {tuple(image.shape[2:])}")
     low, high = (value.item() for value in image.float().aminmax())
     if not -1e-3 <= low <= high <= 1.001:
-        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; neither 255 nor a mean and "
-                         "standard deviation scale them")
+        raise ValueError(f"image: values in [0, 1] are needed, found {low:g} to {high:g}; divide 8-bit values by 255, "
+                         "and do not normalize")
     return image.float()
 
 
@@ -1042,7 +1042,10 @@ def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
             reading = anomalib_reading(content, path)
         else:
             files = authors_files(path)
-            latent = released_latent(read_codebook(codebook or path.with_name(CODEBOOK_FILE)))
+            codebook = Path(codebook or path.with_name(CODEBOOK_FILE))
+            if not codebook.exists():
+                raise ValueError(f"{codebook}: no such file; give the codebook with --codebook FILE")
+            latent = released_latent(read_codebook(codebook))
             reorder(latent, CODEBOOK_CHANNELS)
             state = {f"{module}.{key}": value for module, file in files.items()
                      for key, value in clean(read_weights(file)).items()}

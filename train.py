@@ -16,6 +16,7 @@ import contextlib
 import csv
 import datetime
 import glob
+import io
 import json
 import math
 import os
@@ -133,7 +134,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
         add("--antialias", action=argparse.BooleanOptionalAction, help="resize with antialiasing; default: bilinearly "
             "from four pixels, as the published results did, or as --checkpoint was trained")
         add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that writes 16-bit grey files; default: 16")
-        add("--batch", type=batch, default=draem.PUBLISHED["batch"], help="images a step")
+        add("--batch", type=batch, default=published["batch"], help="images a step")
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
@@ -249,7 +250,7 @@ def to_network(image: Tensor, args: argparse.Namespace) -> Tensor:
 def to_device(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     model.reading = reading(args)
     if args.compile:
-        for network in model.children():
+        for network in (*model.children(), *getattr(model, "discrete_latent_model", nn.Module()).children()):
             network.compile()
     return model.to(args.device, memory_format=torch.channels_last)
 
@@ -274,10 +275,10 @@ def write_whole(path: Path, write: Callable) -> None:
 
 def settings_of(args: argparse.Namespace, category: str, images: int, **more) -> dict:
     """What makes a run what it is. Paths are not: data may move."""
-    free = {"data", "out", "device", "compile", "resume", "save_minutes", "checkpoint", "predict", "save_maps", "bench",
-            "toy", "textures", "codebook", "pretrain", "weights", "epochs"}
+    may_change = {"data", "out", "device", "compile", "resume", "save_minutes", "checkpoint", "predict", "save_maps",
+                  "bench", "toy", "textures", "codebook", "pretrain", "weights", "epochs"}
     plain = {name: list(value) if isinstance(value, tuple) else value
-             for name, value in vars(args).items() if name not in free}
+             for name, value in vars(args).items() if name not in may_change}
     return plain | {"category": category, "images": images} | more
 
 
@@ -401,7 +402,7 @@ def train(run: Run, model: nn.Module, parameters: list[nn.Parameter], sample: Ca
             if save:
                 run.save(model, stage, done, optimizer)
                 saved = time.monotonic()
-            if stop:
+            if stop or done == steps and received:  # the second during the last save
                 raise Stopped(received[0], f"stopped after step {done} of {steps}, which {run.last} holds; go on with "
                               "the same command and --resume")
 
@@ -531,7 +532,8 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
         latent = to_device(dsr.load_codebook(run.last) if run.checkpoint else new_latent(args), args).train()
     print(f"stage 1: {len(paths)} images, {args.codes} codes of {args.hiddens} values, {args.size} x {args.size}, "
           f"{args.device} {args.precision}: {args.pretrain_steps} steps of {args.pretrain_batch} -> {folder}")
-    batches = pretrain_batches(paths, run.steps_done(["codebook"], "codebook"), args)
+    images = pretrain_images(paths, args)
+    batches = pretrain_batches(paths, images, run.steps_done(["codebook"], "codebook"), args)
     train(run, latent, list(latent.parameters()), lambda generator: (to_network(next(batches), args),), args,
           ["codebook"], "codebook", args.pretrain_steps)
     batches.close()
@@ -547,15 +549,21 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     return run.last
 
 
-def pretrain_batches(paths: list[Path], start: int, args: argparse.Namespace) -> Iterator[Tensor]:
-    """Stage 1's batches from step `start` on, uint8. Step n's images depend on (seed, n) alone, however they come."""
-    images = None
-    if args.toy or len(paths) * 3 * args.size ** 2 <= RESIDENT:
-        images = resident(paths, "stage 1", args)
+def pretrain_images(paths: list[Path], args: argparse.Namespace) -> Tensor | None:
+    """Stage 1's images on the device, uint8; None where they are too many and are read again in every step."""
+    if not args.toy and len(paths) * 3 * args.size ** 2 > RESIDENT:
+        return None
+    images = resident(paths, "stage 1", args)
     if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
         strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
         images = torch.cat((images, (255 * strange).round().byte()))
+    return images
+
+
+def pretrain_batches(paths: list[Path], images: Tensor | None, start: int, args: argparse.Namespace
+                     ) -> Iterator[Tensor]:
+    """Stage 1's batches from step `start` on, uint8. Step n's images depend on (seed, n) alone, however they come."""
     count = len(paths) if images is None else len(images)
 
     def indices() -> Iterator[Tensor]:
@@ -571,7 +579,8 @@ def pretrain_batches(paths: list[Path], start: int, args: argparse.Namespace) ->
         with mendable():
             for batch in common.read_ahead(lambda index: common.read_image(paths[index], **reading(args)),
                                            map(Tensor.tolist, indices())):
-                yield torch.stack(batch)
+                batch = torch.stack(batch)
+                yield batch.pin_memory() if args.device.type == "cuda" else batch
 
 
 def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> tuple[nn.Module, Run]:
@@ -741,9 +750,10 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
     report(category, remarks, image_metrics, getattr(model, "score_type", ""))
     content = values | {"category": category.name, "unreadable": len(category.test) - len(rows),
                         "seconds": round(time.monotonic() - begun, 1), "settings": settings}
-    write_whole(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))
-    with open(folder / "scores.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("path", "label", "score"), *rows])
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("path", "label", "score"), *rows])
+    write_whole(folder / "scores.csv", lambda file: file.write(table.getvalue().encode("utf-8", "surrogateescape")))
+    write_whole(folder / "metrics.json", lambda file: file.write(json.dumps(content, indent=1).encode()))  # the last
     return values, len(rows) == len(category.test)
 
 
@@ -806,8 +816,9 @@ def bench(category: Category, args: argparse.Namespace, textures: Tensor | None)
     images = resident((category.train * args.batch)[:args.batch], category.name, args)
     model = to_device(new_model(args), args)
     if args.method == "dfm":  # it has no steps: its features stand for them
-        features = model.features(to_network(images, args))
-        model.fit(torch.cat((features, 2 * features)))
+        with mendable():
+            features = model.features(to_network(images, args))
+            model.fit(torch.cat((features, 2 * features)))
         step = lambda: model.features(to_network(images, args))
     else:
         parameters = model.begin(2) if args.method == "dsr" else model.train().parameters()
@@ -853,7 +864,7 @@ def run_category(category: Category, args: argparse.Namespace, textures: Tensor 
     metrics = run.folder / "metrics.json"
     if run.checkpoint and metrics.exists():
         values = json.loads(metrics.read_text())
-        return {column: values[column] for column in COLUMNS if column in values}, not values["unreadable"]
+        return {column: values[column] for column in COLUMNS if column in values}, not values.get("unreadable")
     return evaluate(model, category, run.folder, run.settings, run.begun, args)
 
 
@@ -889,7 +900,7 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
                 settings = settings_of(args, category.name, len(category.train), checkpoint=str(args.checkpoint))
                 results[category.name], readable = evaluate(model, category, own, settings, time.monotonic(), args)
             failures += not readable
-        except UserError as error:
+        except (UserError, OSError) as error:
             if len(categories) == 1:
                 raise
             print(f"train.py: {category.name}: {error}", file=sys.stderr)
@@ -909,6 +920,8 @@ def main(argv: list[str] | None = None) -> int:
         toy = args.data is None and args.checkpoint is None
         if toy:
             args = parse(argv, **TOY[args.method])
+            if getattr(args, "epochs", None) not in (None, draem.PUBLISHED["epochs"]):
+                args.steps = None
         args.toy, model = toy, None
         if toy and args.method == "dfm" and args.weights is None:
             args.weights = "random"
@@ -917,6 +930,9 @@ def main(argv: list[str] | None = None) -> int:
             with mendable():
                 more = (args.codebook,) if args.method == "dsr" else ()
                 model = METHODS[args.method].load(args.checkpoint, *more)
+        trained = model.reading.get("size") if args.method == "dfm" and model is not None else None
+        if trained and args.size not in (None, trained):
+            raise UserError(f"--size {args.size}: {args.checkpoint} was fitted to images of {trained} x {trained}")
         for name, default in (("size", METHODS[args.method].PUBLISHED["size"]), ("antialias", False), ("bits", 16)):
             if getattr(args, name) is None:
                 setattr(args, name, default if model is None else model.reading.get(name, default))
@@ -942,7 +958,8 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print("train.py: out of memory: a smaller --batch, --size or --width needs less", file=sys.stderr)
+        print("train.py: out of memory beside the resident images and textures: a smaller --batch or --size needs less",
+              file=sys.stderr)
     return 2
 
 

@@ -500,7 +500,8 @@ def test_a_layout_of_links_has_the_links_names(tmp_path):
         "cap/ground_truth/cut": "disk/masks", "set/bolt": "cap"})
     bolt = tmp_path / "set/bolt"
     assert common.find_categories(tmp_path / "set") == [("bolt", [bolt / "train/good/0.png"], [
-        (bolt / "test/cut/1.png", "cut", bolt / "ground_truth/cut/1.bmp"), (bolt / "test/good/0.png", "good", None)])]
+        (bolt / "test/cut/1.png", Path("cut/1.png"), "cut", bolt / "ground_truth/cut/1.bmp"),
+        (bolt / "test/good/0.png", Path("good/0.png"), "good", None)])]
 
 
 def test_categories_below_for_training_and_for_evaluation(tmp_path):
@@ -698,7 +699,7 @@ def test_make_toy(small_toy, tmp_path, capsys):
     (category,) = common.find_categories(folder)
     assert [item.defect for item in category.test[::2]] == ["good", "missing", "scratch", "stain"]
     assert len(category.train) == 2 and len(list(folder.rglob("*.*"))) == 16 and capsys.readouterr().err == ""
-    for path, defect, mask in [*category.test, (category.train[1], "good", None)]:
+    for path, _, defect, mask in [*category.test, (category.train[1], None, "good", None)]:
         part = path.parent.relative_to(folder).as_posix()
         picture, truth = draw(defect, np.random.default_rng((*part.encode(), int(path.stem))))
         assert np.array_equal(common.read_image(path, 256).permute(1, 2, 0), picture)

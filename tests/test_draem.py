@@ -564,7 +564,7 @@ def test_the_scores_window_is_21_at_256_and_in_proportion(height, width, window)
     (lambda x: (255 * x).byte(), "uint8"), (lambda x: x[:, :1], "1, 64, 96"), (lambda x: x[0], "3, 64, 96"),
     (lambda x: x[:0], "0, 3, 64, 96"), (lambda x: x[:, :, :63], "63, 96"), (lambda x: x[..., :80], "64, 80"),
     (lambda x: x[:, :, :0], "0, 96"), (lambda x: 255 * x, "found .* to 25"), (lambda x: x - 0.01, "-0.0"),
-    (lambda x: x + 0.01, "to 1.0"), (lambda x: (x - 0.485) / 0.229, "mean and standard deviation"),
+    (lambda x: x + 0.01, "to 1.0"), (lambda x: (x - 0.485) / 0.229, "do not normalize"),
     (lambda x: torch.full_like(x, math.nan), "nan")])
 def test_predict_refuses_what_is_no_image(change, words):
     x = image(0, 2, 3, 64, 96)
