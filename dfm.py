@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 PUBLISHED = {
     "size": 256,             # side of the square images, in pixels (anomalib)
-    "batch": 8,              # images that are read together; the result does not depend on it
     "backbone": "resnet50",  # anomalib
     "layer": "layer3",       # whose features are taken (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)

@@ -134,7 +134,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
         add("--antialias", action=argparse.BooleanOptionalAction, help="resize with antialiasing; default: bilinearly "
             "from four pixels, as the published results did, or as --checkpoint was trained")
         add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that writes 16-bit grey files; default: 16")
-        add("--batch", type=batch, default=published["batch"], help="images a step")
+        add("--batch", type=batch, default=published.get("batch", draem.PUBLISHED["batch"]), help="images a step")
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0)
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
