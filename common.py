@@ -324,11 +324,9 @@ def panel(image: Tensor) -> np.ndarray:
 
 
 def overlay(image: np.ndarray, anomaly_map: Tensor) -> np.ndarray:
-    """The map (H, W) in [0, 1] over the image (H, W, 3): clear at 0, yellow, then red at 1."""
-    level = anomaly_map.clamp(0, 1).numpy()[..., None]
-    colour = np.concatenate((np.full_like(level, 255), 230 * (1 - level), 0 * level), 2)
-    weight = 0.85 * np.sqrt(level)
-    return (image * (1 - weight) + colour * weight).round().astype(np.uint8)
+    """The map (H, W) in [0, 1] over the image (H, W, 3): clear at 0, red at 1."""
+    weight = anomaly_map.clamp(0, 1).numpy()[..., None] ** 1.5
+    return (image * (1 - weight) + np.float32((255, 20, 0)) * weight).round().astype(np.uint8)
 
 
 # --- The toy product --------------------------------------------------------------------------------------------------
