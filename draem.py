@@ -353,7 +353,10 @@ class SSPCAB(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.conv1 = nn.Conv2d(channels, channels, 1)  # up left
+        self.conv2 = nn.Conv2d(channels, channels, 1)  # down left
+        self.conv3 = nn.Conv2d(channels, channels, 1)  # up right
+        self.conv4 = nn.Conv2d(channels, channels, 1)  # down right
         self.se = SqueezeExcitation(channels)
         self.cost = None
 

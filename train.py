@@ -706,8 +706,10 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
     """
     if not category.test:
         print(f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies it")
-    rows, shown, remarks, maps, regions = [], [], [], [], []
-    jobs, region_count, top = deque(), 0, color_top(model.eval())
+    top = color_top(model.eval())
+    rows, remarks, shown = [], [], []  # (path, label, score); (remark, item); what the summary shows
+    maps, regions, region_count = [], [], 0
+    jobs = deque()
     with ThreadPoolExecutor(common.THREADS) as pool:
         for item, image, mask, remark, parts in predictions(model, category.test, args):
             if parts is None:
@@ -774,7 +776,9 @@ def report(category: Category, remarks: list[tuple], image_metrics: dict, score_
 
 def predict(model: nn.Module, args: argparse.Namespace) -> int:
     """Prints `path score` a line; strips go to predictions/ below the run root. 2 if any file could not be read."""
-    folder, names, items, top = args.out / args.method / "predictions", set(), [], color_top(model)
+    folder = args.out / args.method / "predictions"
+    top = color_top(model)
+    items, names = [], set()
     for given in args.predict:
         home = os.path.expanduser(given)
         for root in [Path(home)] if os.path.lexists(home) else map(Path, sorted(glob.glob(home)) or [home]):
@@ -874,7 +878,9 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
         common.make_toy("data/toy")
     with mendable():
         categories = common.find_categories("data/toy" if args.toy else args.data, training=model is None)
-    textures, folder, results, failures = None, args.out / args.method, {}, 0
+    folder = args.out / args.method
+    textures = None
+    results, failures = {}, 0
     if args.method == "draem" and model is None:
         args.textures = find_textures(args)
         if args.textures:
