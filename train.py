@@ -307,6 +307,11 @@ class Run:
                 raise UserError(f"--resume: {self.last} was trained with {name.replace('_', '-')} {then.get(name)}, "
                                 f"now {value} is asked for; give the old value, or another root with --out DIR")
 
+    def evaluated(self) -> dict:
+        """What the evaluation of a finished run left in metrics.json, its last file; {} before that."""
+        path = self.folder / "metrics.json"
+        return json.loads(path.read_text()) if self.checkpoint and path.exists() else {}
+
     def steps_done(self, stages: list[str], stage: str) -> int | None:
         """Steps of the stage that the checkpoint holds; None where a later stage has begun."""
         reached = self.checkpoint.get("stage", stages[0])
@@ -487,13 +492,16 @@ def sampler(images: Tensor, textures: Tensor | None, args: argparse.Namespace) -
     return sample
 
 
-def train_category(category: Category, args: argparse.Namespace, textures: Tensor | None) -> tuple[nn.Module, Run]:
-    """Trains all stages of DRAEM or DSR, or those that the run folder's checkpoint lacks."""
+def train_category(category: Category, args: argparse.Namespace, textures: Tensor | None
+                   ) -> tuple[nn.Module | None, Run]:
+    """Trains all stages of DRAEM or DSR, or those that the run folder's checkpoint lacks; no model if evaluated."""
     if args.method == "draem":
         args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
     settings = settings_of(args, category.name, len(category.train),
                            textures=0 if textures is None else len(textures))
     run = Run(args.out / args.method / category.name, settings, args.resume)
+    if run.evaluated():
+        return None, run
     images = resident(category.train, category.name, args)
     with mendable():
         model = to_device(METHODS[args.method].load(run.last) if run.checkpoint else new_model(args), args)
@@ -583,11 +591,16 @@ def pretrain_batches(paths: list[Path], images: Tensor | None, start: int, args:
                 yield batch.pin_memory() if args.device.type == "cuda" else batch
 
 
-def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> tuple[nn.Module, Run]:
-    """Features stream through once, PCA and Gaussian are fitted in closed form; class-conditional if several."""
+def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> tuple[nn.Module | None, Run]:
+    """Features stream through once, PCA and Gaussian are fitted in closed form; class-conditional if several.
+
+    No model if the run is evaluated.
+    """
     paths = [path for category in categories for path in category.train]
     labels = [number for number, category in enumerate(categories) for _ in category.train]
     run = Run(args.out / "dfm" / name, settings_of(args, name, len(paths)), args.resume)
+    if run.evaluated():
+        return None, run
     if run.checkpoint:
         with mendable():
             return to_device(dfm.load(run.last), args), run
@@ -661,8 +674,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 def save_map(path: Path, source: Path, anomaly_map: Tensor) -> None:
     """A map as 32-bit float TIFF of its image's own size, as MVTec AD's evaluation script reads them."""
-    with Image.open(source) as image:
-        size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # lying on its side
+    size = common.open_upright(source, any_mode=True).size
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(anomaly_map.numpy()).resize(size, Image.Resampling.BILINEAR).save(path, "TIFF")
 
@@ -865,9 +877,8 @@ def run_category(category: Category, args: argparse.Namespace, textures: Tensor 
         model, run = fit_dfm(category.name, [category], args)
     else:
         model, run = train_category(category, args, textures)
-    metrics = run.folder / "metrics.json"
-    if run.checkpoint and metrics.exists():
-        values = json.loads(metrics.read_text())
+    values = run.evaluated()
+    if values:
         return {column: values[column] for column in COLUMNS if column in values}, not values.get("unreadable")
     return evaluate(model, category, run.folder, run.settings, run.begun, args)
 

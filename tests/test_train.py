@@ -277,6 +277,17 @@ def test_pictures(trained, data):
     assert (np.asarray(row)[2::5, 2::5] == strip).all()
 
 
+@pytest.mark.parametrize("name, turn, size", [("a.tiff", 6, (50, 70)), ("a.jpg", 8, (50, 70)), ("a.tiff", 3, (70, 50)),
+                                              ("a.jpg", 99, (70, 50))])  # 99 means nothing
+def test_a_saved_map_is_as_large_as_the_image_as_it_is_seen(name, turn, size, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.new("RGB", (70, 50)).save(name, exif=exif)
+    train.save_map(tmp_path / "map.tiff", Path(name), torch.zeros(32, 32))
+    with Image.open(tmp_path / "map.tiff") as tiff:
+        assert tiff.size == size
+
+
 def test_maps_for_mvtecs_script(trained, data, command):
     """anomaly_maps/CATEGORY/test/DEFECT/NAME.tiff: one channel, 32-bit float, as large as the image as it is seen."""
     root = trained.parent / "anomaly_maps" / "weave" / "test"
@@ -504,7 +515,7 @@ def test_resume_of_a_whole_command_prints_the_whole_table(method, argv, command,
     status, whole, _ = command(*argv, "--data", "parent", "--out", "one")
     for name in names:
         same_run(f"runs/{method}/{name}", f"one/{method}/{name}")
-    for work in ("training_step", "predict_batch"):
+    for work in ("training_step", "predict_batch", "resident", "to_device"):
         monkeypatch.setattr(train, work, None)
     status, out, _ = command(*argv, "--data", "parent", "--resume")
     table = table_of(out)
