@@ -2,16 +2,16 @@
 
 Papers
     Ahuja, Ndiour, Kalyanpur, Tickoo: Probabilistic Modeling of Deep Features for Out-of-Distribution and Adversarial
-    Detection, 2019, arXiv 1909.11786: one density a class over reduced features; the score is the likelihood ("nll").
+    Detection, 2019, arXiv 1909.11786: a density per class on reduced features; score: negative log-likelihood ("nll").
     Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
-    Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre"), which also gives a map.
-    The authors released no code. Layer, pooling and share of variance are anomalib's (2.7.0).
+    Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre").
+    The authors released no code. Layer, pooling, share of variance and the map are anomalib's (2.7.0).
 
 Here
     principal_axes                          centred SVD in float64, shared by the two below
     PCA, SingleClassGaussian                fit on rows of any features; no network needed
     ResNet                                  resnet18, resnet50, wide_resnet50_2 under torchvision's keys
-    DFMModel                                image -> features -> PCA -> FRE and map, or NLL; one PCA a class
+    DFMModel                                image -> features -> PCA -> FRE and map, or NLL; one PCA per class
     load_resnet, load                       torchvision's weights; a fitted model of this project or of anomalib
 
 Notation (n samples; d = C * h * w values each; k directions kept)
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 PUBLISHED = {
     "size": 256,             # side of the square images, in pixels (anomalib)
     "backbone": "resnet50",  # anomalib
-    "layer": "layer3",       # whose features are taken (anomalib)
+    "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
-    "share": 0.97,           # of the variance, which PCA keeps (anomalib)
+    "share": 0.97,           # of the variance that PCA keeps (anomalib)
     "score": "fre",          # feature reconstruction error (2012.04250); "nll" is the likelihood (1909.11786)
 }
 
@@ -47,11 +47,11 @@ PUBLISHED = {
 def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """features - mean = left diag(singular_values) axes, in float64, without the null directions.
 
-    features (n, ...) -> mean (...), singular values (r,) falling, axes (r, d) orthonormal; ValueError where r is 0.
+    features (n, ...) -> mean (...), descending singular values (r,), orthonormal axes (r, d). ValueError if r is 0.
 
-    QR of the longer side, then the SVD of the small square factor: the digits of a direct SVD (a Gram matrix would
-    square the condition number) in a quarter of its time; 1,000 x 16,384 takes about 2 s on two cores.
-    A direction is null where its singular value is at most eps * max(n, d) * |features|, the rounding of the data.
+    QR of the longer side, then SVD of the small square factor: as accurate as a direct SVD, and faster.
+    A Gram matrix would square the condition number.
+    A direction is null if its singular value is at most eps * max(n, d) * |features|, the rounding error of the data.
     """
     rows = features.double().flatten(1)  # (n, d)
     if not rows.isfinite().all():
@@ -72,7 +72,7 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Subspace(nn.Module):
-    """A mean and orthonormal directions in buffers whose sizes come from fit, or from the state dict that is loaded."""
+    """A mean and orthonormal directions. fit or a loaded state dict sets the sizes of these buffers."""
 
     def __init__(self, *names: str):
         super().__init__()
@@ -97,8 +97,8 @@ class PCA(_Subspace):
     """Principal components of samples (n, ...), float64.
 
     n_components: a float in (0, 1] keeps the smallest number of components whose variance reaches that share of the
-    total (up to a rounding of 1e-12; 1.0 keeps every direction that varies); an int keeps that many, and fit raises
-    ValueError where fewer directions vary.
+    total, within a rounding of 1e-12. 1.0 keeps every direction that varies. An int keeps that many components; fit
+    raises ValueError if fewer directions vary.
     """
 
     def __init__(self, n_components: float | int = PUBLISHED["share"]):
@@ -116,7 +116,7 @@ class PCA(_Subspace):
         elif self.n_components == 1:
             count = len(axes)
         else:
-            variance = singular_values.square().cumsum(0)  # a count is one more than the components that fall short
+            variance = singular_values.square().cumsum(0)  # of the first 1, 2, ... components
             count = 1 + int((variance < self.n_components * (1 - 1e-12) * variance[-1]).sum())
         self.mean, self.components = mean, axes[:count].clone()
         return self
@@ -127,7 +127,7 @@ class PCA(_Subspace):
 
 
 class SingleClassGaussian(_Subspace):
-    """The maximum-likelihood Gaussian of samples (n, ...) through the SVD of the centred data, float64."""
+    """The maximum-likelihood Gaussian of samples (n, ...), by SVD of the centred data, float64."""
 
     def __init__(self):
         super().__init__("deviation")
@@ -140,7 +140,7 @@ class SingleClassGaussian(_Subspace):
     def score_samples(self, features: Tensor) -> Tensor:
         """1909.11786: NLL = 1/2 (|U^t (f - mu) / S|^2 + log det C + d log 2 pi), log det C = 2 sum(log S).
 
-        (n, ...) -> (n,). d counts the directions that vary: null ones (n <= d, repeated samples) are in no term.
+        (n, ...) -> (n,). d counts the directions that vary. Null directions (n <= d, repeated samples) are left out.
         """
         mahalanobis = (self.transform(features) / self.deviation).square().sum(1)
         log_det = 2 * self.deviation.log().sum()
@@ -152,14 +152,14 @@ class SingleClassGaussian(_Subspace):
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4", "avgpool")
 
-# name: kernels of a block, blocks a layer, width of a block's inner convs and of its output in layer1
+# name: kernels of a block, blocks per layer, channels of a block's inner convs and of its output (in layer1)
 RESNETS = {
     "resnet18": ((3, 3), (2, 2, 2, 2), 64, 64),
     "resnet50": ((1, 3, 1), (3, 4, 6, 3), 64, 256),
     "wide_resnet50_2": ((1, 3, 1), (3, 4, 6, 3), 128, 256),
 }
 
-# IMAGENET1K_V1, the weights there were when the papers appeared; a file of V2 fits too, given by its path.
+# IMAGENET1K_V1, the weights available when the papers appeared. A file of V2 can be given by its path.
 URLS = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -172,7 +172,7 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> n
 
 
 class ResidualBlock(nn.Module):
-    """Basic block, kernels (3, 3), or bottleneck, kernels (1, 3, 1); the first 3 x 3 conv strides."""
+    """Basic block, kernels (3, 3), or bottleneck, kernels (1, 3, 1). The first 3 x 3 conv has the stride."""
 
     def __init__(self, in_channels: int, width: int, out_channels: int, kernels: tuple[int, ...], stride: int):
         super().__init__()
@@ -196,10 +196,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al. 2016 with torchvision's state-dict keys, all of them; forward computes `layer` and what is before it.
+    """He et al. 2016, with all state-dict keys of torchvision. forward stops after `layer`.
 
     name: a key of RESNETS; layer: one of LAYERS. (N, 3, H, W) -> (N, C, H/s, W/s) with s = 4, 8, 16, 32, or
-    (N, C, 1, 1) for avgpool. Frozen: always in eval mode, so that no BatchNorm statistic moves.
+    (N, C, 1, 1) for avgpool. Frozen and always in eval mode, so BatchNorm statistics do not change.
     """
 
     def __init__(self, name: str = PUBLISHED["backbone"], layer: str = PUBLISHED["layer"]):
@@ -235,7 +235,7 @@ class ResNet(nn.Module):
         return super().train(False)
 
     def trim(self) -> "ResNet":
-        """Drops what forward does not compute."""
+        """Remove the layers that forward does not compute."""
         for name in set(dict(self.named_children())) - {"conv1", "bn1", *self.layers}:
             delattr(self, name)
         return self
@@ -248,19 +248,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DFMModel(nn.Module):
-    """Features of one layer, average pooling, and for each class a PCA and (score_type "nll") a Gaussian.
+    """Features of one layer, average pooling, and per class a PCA and, for score_type "nll", a Gaussian.
 
     pre_trained: True downloads torchvision's weights, a path reads that file, False or "random" keeps random ones.
-    pooling_kernel_size: the pooling's kernel and stride on the layer's map (nothing is left to pool after avgpool).
-    n_comps: PCA's share of variance, or count. score_type: "fre" or "nll".
+    pooling_kernel_size: kernel and stride of the average pooling; not used after avgpool, whose map is 1 x 1.
+    n_comps: PCA's share of variance, or number of components. score_type: "fre" or "nll".
 
         model = DFMModel("resnet18", pooling_kernel_size=2)
-        model.fit(torch.cat([model.features(image) for image in loader]))  # memory for the features alone
+        model.fit(torch.cat([model.features(image) for image in loader]))  # keeps features, not images
         prediction = model.predict(image)  # {"score": (N,), "anomaly_map": (N, H, W)}
 
-    `settings` holds the arguments, to be saved with the weights. `reading` is how images were read for fit, {} where
-    unknown: the keywords of this project's common.read_image. With features of one's own, (n, C, h, w) or (n, d), `fit`
-    and `score_features` do without the backbone.
+    `fit` and `score_features` take any features (n, C, h, w) or (n, d); they do not use the backbone. `settings` holds
+    the arguments, to be saved with the weights. `reading` holds the arguments of this project's
+    common.read_image for the fitted images; {} if unknown.
     """
 
     def __init__(self, backbone: str = PUBLISHED["backbone"], layer: str = PUBLISHED["layer"],
@@ -271,7 +271,7 @@ class DFMModel(nn.Module):
             raise ValueError(f"score_type {score_type!r}: fre or nll is needed")
         if pooling_kernel_size < 1:
             raise ValueError(f"pooling_kernel_size {pooling_kernel_size}: at least 1 is needed")
-        PCA(n_comps)  # refuses a bad share now, not after the features
+        PCA(n_comps)  # rejects a bad n_comps before features are computed
         self.reading = {}
         self.settings = dict(backbone=backbone, layer=layer, pooling_kernel_size=pooling_kernel_size,
                              n_comps=n_comps, score_type=score_type)
@@ -281,7 +281,7 @@ class DFMModel(nn.Module):
         if pre_trained not in (False, "random"):
             load_resnet(self.backbone, None if pre_trained is True else pre_trained)
         self.backbone.trim()
-        self.pca, self.gaussian = nn.ModuleList(), nn.ModuleList()  # one a class; no Gaussian for FRE
+        self.pca, self.gaussian = nn.ModuleList(), nn.ModuleList()  # one per class; no Gaussian for FRE
         self.register_buffer("map_scale", torch.ones(()))
         self.register_buffer("image_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -299,10 +299,10 @@ class DFMModel(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor, labels: Tensor | None = None) -> "DFMModel":
-        """One PCA (and Gaussian, on the reduced features) for each value in labels (n,); a single one without.
+        """Fit one PCA, and for NLL one Gaussian of the reduced features, per class in labels (n,). None: one class.
 
         features (n, C, h, w) or (n, d) of normal samples. Sets map_scale, the upper end of a map's colour scale: the
-        largest value over these samples of the map before PCA takes anything away, |f - mu|^2 at a grid position.
+        largest |f - mu|^2 at a grid position over these samples, as if no component were kept.
         """
         features = _as_maps(features).to(self.map_scale.device)
         labels = torch.zeros(len(features)) if labels is None else torch.as_tensor(labels).flatten().cpu()
@@ -321,10 +321,10 @@ class DFMModel(nn.Module):
         return self
 
     def score_features(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """features as fit's -> score (N,) and, for FRE, grid (N, h, w), float64; of the class with the lowest score.
+        """features as in fit -> score (N,) and, for FRE, grid (N, h, w), float64, of the class with the lowest score.
 
-        2012.04250: FRE = |f - pre-image(T (f - mu))|, the norm (anomalib: its square, the same ranking).
-        The grid holds its square's parts: score = sqrt(sum of grid).
+        2012.04250: FRE = |f - pre-image(T (f - mu))|. anomalib uses the squared norm, which gives the same ranking.
+        score = sqrt(sum of grid).
         """
         if not self.pca:
             raise ValueError("the model is not fitted: fit it, or load a fitted one")
@@ -338,14 +338,14 @@ class DFMModel(nn.Module):
         return squared.sqrt(), grids.gather(0, best.view(1, -1, 1, 1).expand_as(grids[:1]))[0]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """image (N, 3, H, W), RGB in [0, 1] -> score and grid of its features."""
+        """image (N, 3, H, W), RGB in [0, 1] -> score and grid, as in score_features."""
         return self.score_features(self.features(image))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         """image (N, 3, H, W), RGB in [0, 1] -> score (N,) and, for FRE, anomaly_map (N, H, W), float32.
 
-        ValueError for another kind of image.
+        ValueError for any other image.
         """
         image = check_image(image)
         score, grid = self(image)
@@ -388,7 +388,7 @@ def check_image(image: Tensor) -> Tensor:
 
 # Copied from draem.Inert
 class Inert:
-    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+    """Stands in for a class that a pickle names. It takes any arguments and does nothing."""
 
     def __init__(self, *_, **__):
         pass
@@ -399,9 +399,9 @@ class Inert:
 
 # Copied from draem.read_weights
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+    """Read a file of torch.save: tensors and plain values only. No code in it is run. One-line ValueError on failure.
 
-    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    anomalib 1.x names torchvision's transforms beside the tensors. Inert replaces them.
     """
     path = str(path)
     try:
@@ -430,7 +430,7 @@ def read_weights(path: str | Path) -> dict:
 
 # Copied from draem.build
 def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
-    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    """kind(**settings) with the weights `state`. Raises a one-line ValueError if they do not fit or are not finite."""
     try:
         model = kind(**settings)
         model.load_state_dict(state)
@@ -444,7 +444,7 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
 
 # Copied from draem.own_parts
 def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
-    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    """Weights, settings and reading of this project's checkpoint. ValueError if it is another method's."""
     if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
     parts = [content.get(name) for name in ("model", "settings", "reading")]
@@ -455,7 +455,7 @@ def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
 
 # Copied from draem.anomalib_reading
 def anomalib_reading(content: dict, path: str | Path) -> dict:
-    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    """Size and antialiasing of the Resize that an anomalib checkpoint holds; 256, antialiased, if it holds none."""
     try:
         transform = content["anomalib_pre_processor_config"]["transform"]
         steps = transform["init_args"].get("transforms", [transform])
@@ -470,10 +470,10 @@ def anomalib_reading(content: dict, path: str | Path) -> dict:
 
 
 def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
-    """Reads torchvision's state dict from a file, or from torch.hub's cache or, its hash checked, the network.
+    """Load torchvision's state dict into the model from a file, torch.hub's cache, or a download checked by its hash.
 
-    A file may hold it under "state_dict" and its keys may begin with "module." or "backbone.". The model is trimmed:
-    entries after its layer may be missing and are left out, and so may num_batches_tracked. ValueError in one line.
+    A file may hold the state dict under "state_dict", and keys may begin with "module." or "backbone.". The model is
+    trimmed. Entries of later layers and num_batches_tracked may be missing. Raises a one-line ValueError on failure.
     """
     if path is None:
         path = URLS[model.name]
@@ -491,14 +491,14 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
     state = {key: value for key, value in state.items() if key.split(".")[0] not in later}
     counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
 
-    def resnet() -> ResNet:  # build's errors name it
+    def resnet() -> ResNet:  # build's errors show this name
         return model
 
     return build(resnet, {}, counters | state, path)
 
 
 def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:
-    """State and settings of an anomalib Dfm checkpoint: (d, k) singular vectors are the components, transposed."""
+    """State and settings of an anomalib Dfm checkpoint, whose singular vectors are the components, transposed."""
     given, state = content.get("hyper_parameters") or {}, content["state_dict"]
     mean, vectors = state.get("model.pca_model.mean"), state.get("model.pca_model.singular_vectors")
     if (given.get("backbone") not in RESNETS or given.get("layer") not in LAYERS[:4] or given.get("score_type") != "fre"
@@ -515,14 +515,14 @@ def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:
     side = math.isqrt(len(mean) // channels)  # of the pooled map
     if channels * side ** 2 != len(mean):
         raise ValueError(f"{path}: {len(mean)} values are no square map of {channels} channels; images must be square")
-    shown = state.get("post_processor.pixel_max", torch.tensor(math.nan))  # the largest value of its own maps
+    shown = state.get("post_processor.pixel_max", torch.tensor(math.nan))  # the largest value in anomalib's maps
     return network | {"pca.0.mean": mean.double().reshape(channels, side, side),
                       "pca.0.components": vectors.double().T,
                       "map_scale": shown if shown.isfinite() and shown > 0 else torch.ones(())}, settings
 
 
 def load(path: str | Path) -> DFMModel:
-    """A fitted model: this project's last.pt or anomalib's Dfm checkpoint, told apart by their keys. ValueError."""
+    """A fitted model from this project's last.pt or anomalib's Dfm checkpoint. One-line ValueError on failure."""
     content = read_weights(path)
     if "settings" in content:
         state, settings, reading = own_parts(content, "dfm", path)

@@ -3,10 +3,10 @@
 Paper: Zavrtanik, Kristan, Skočaj, ICCV 2021, arXiv 2108.07610. "The code" is the authors', VitjanZ/DRAEM @ 2dbf673.
 SSPCAB, an optional block: Ristea et al., CVPR 2022, arXiv 2111.09099; code ristea/sspcab @ 07d416c.
 
-One network paints a product's image free of anomalies. A second one compares what went in with what came out and marks
-the difference. Both learn from faultless images and from anomalies that are made up in every step. This file holds, in
-order: the published settings, simulated anomalies, losses, the two networks, the model with its training step, and a
-reader for trained weights. It needs torch alone. Five lines train it:
+One network reconstructs a product's image without its anomalies. A second network compares the image with the
+reconstruction and segments the anomalies. Both are trained on normal images, with new anomalies simulated in every
+step. This file holds, in order: the published settings, simulated anomalies, losses, the two networks, the model with
+its training step, and a reader for trained weights. It needs torch alone. Five lines train it:
 
     model, generator = DraemModel().train(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), PUBLISHED["lr"])
@@ -35,25 +35,25 @@ from torch import Tensor, nn
 
 PUBLISHED = {  # the paper's implementation details, where no other source is named
     "size": 256,                  # side of the square images, in pixels
-    "batch": 8,                   # images in a step (the code)
-    "epochs": 700,                # of as many samples as images, drawn with replacement (the code)
+    "batch": 8,                   # images per step (the code)
+    "epochs": 700,                # each draws as many samples as images, with replacement (the code)
     "lr": 1e-4,                   # of Adam
     "drops": (4 / 7, 6 / 7),      # shares of the training after which lr drops: after 400 and 600 epochs
-    "drop_factor": 0.1,           # of lr at a drop; the code has 0.2, after 0.8 and 0.9 (train_DRAEM.py:47)
-    "width": 128,                 # channels of the reconstructive sub-network's first block, twice the other's
-    "rotation": 45.0,             # degrees, at most, by which normal images are turned; the code has 90
-    "rotation_share": 0.3,        # of the normal images (the code)
-    "normal_share": 0.5,          # samples that get no anomaly (the code)
+    "drop_factor": 0.1,           # of lr at each drop; the code has 0.2, after 0.8 and 0.9 (train_DRAEM.py:47)
+    "width": 128,                 # channels of the reconstructive sub-network's first block; the other has half
+    "rotation": 45.0,             # maximum rotation of normal images, in degrees; the code has 90
+    "rotation_share": 0.3,        # share of normal images that are rotated (the code)
+    "normal_share": 0.5,          # share of samples that get no anomaly (the code)
     "noise_threshold": 0.5,       # mask = noise > threshold (the code)
     "beta": (0.1, 1.0),           # range of the texture's share in the blend (section 3.3)
-    "augmentations": 3,           # that change a texture (section 3.3)
+    "augmentations": 3,           # number applied to each texture (section 3.3)
     "ssim_lambda": 1.0,           # weight of L_SSIM in Eq. (2) (the code)
     "sspcab_lambda": 0.1,         # weight of SSPCAB's own loss (2111.09099)
     "window": 21,                 # side of the score's mean filter at 256 x 256 (test_DRAEM.py:105)
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Simulated anomalies (section 3.3). Everything random comes from `generator`, on whose device all of it is computed.
+# Simulated anomalies (section 3.3). `generator` draws all random numbers, on its own device.
 
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -63,8 +63,8 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
     """Perlin noise (N, H, W) at lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
 
-    The code's perlin.py: the four corners' products gradient * offset, blended by fade(t) = 6 t^5 - 15 t^4 + 10 t^3,
-    times sqrt(2). Coordinates lie in [0, R - 1) and [0, C - 1).
+    As in DRAEM's perlin.py: the dot products of gradient and offset at the four corners, interpolated by
+    fade(t) = 6 t^5 - 15 t^4 + 10 t^3, times sqrt(2). y lies in [0, R - 1), x in [0, C - 1).
     """
     count, rows, columns = angles.shape
     gradients = torch.stack((angles.cos(), angles.sin()), -1).view(-1, 2)
@@ -84,7 +84,7 @@ def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
 
 
 def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates y, x (N, height, width) of a picture turned about its centre by angle (N,), in radians."""
+    """Pixel coordinates y, x (N, height, width), rotated about the image's centre by angle (N,), in radians."""
     y = torch.arange(height, device=angle.device).view(1, -1, 1) - (height - 1) / 2
     x = torch.arange(width, device=angle.device).view(1, 1, -1) - (width - 1) / 2
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
@@ -94,13 +94,13 @@ def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]
 def perlin_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """`count` independent noise images (count, height, width), of any size.
 
-    DRAEM's code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture. Here the
-    coordinates are turned, which blurs nothing.
+    As in DRAEM's code (data_loader.py), each side of the lattice has 2^0 to 2^5 cells, drawn independently. The noise
+    is rotated by up to 90 degrees about the centre; pixels from outside are 0. The code rotates the finished image.
+    Here the coordinates are rotated, which blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
-    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; enough for the finest lattice
+    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; 32 cells have 33 corners a side
     y, x = turned_grid(height, width, uniform(generator, -math.pi / 2, math.pi / 2, count))
     inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
     y = y.clamp(0, height - 1) * cells[0] / height
@@ -109,8 +109,8 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
 
 def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
-    """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
-    if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
+    """Apply function(image, *arguments) to the chosen samples (N,) only. Every argument has an entry per sample."""
+    if image.is_cuda:  # selecting samples would make the host wait for the device, so all are computed
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
     index = chosen.nonzero().squeeze(1)
     if not len(index):
@@ -119,7 +119,7 @@ def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> 
 
 
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each sample clockwise about its centre by its own angle (N,): bilinear, black where nothing was."""
+    """Rotate each sample clockwise about its centre by its own angle (N,). Bilinear; pixels from outside are 0."""
     height, width = image.shape[2:]
     y, x = turned_grid(height, width, degrees.deg2rad())
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
@@ -127,7 +127,7 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float, share: float) -> Tensor:
-    """Turn a share of the normal images, each by its own angle of up to +-degrees."""
+    """Rotate a share of the normal images, each by its own angle of up to +-degrees."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return apply_where(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
@@ -139,24 +139,24 @@ def perlin_mask(count: int, height: int, width: int, generator: torch.Generator,
     return ((perlin_noise(count, height, width, generator) > threshold) & anomalous)[:, None].float()
 
 
-# The code's ten texture augmentations (data_loader.py, by imgaug) on RGB values x (n, 3, H, W) in [0, 1]; u (n, 3) is
-# uniform in [0, 1] and holds what an augmentation draws.
+# The code's ten texture augmentations (data_loader.py, with imgaug). x (n, 3, H, W) is RGB in [0, 1].
+# u (n, 3) holds the augmentation's random numbers, uniform in [0, 1).
 
 
 def gamma(x: Tensor, u: Tensor) -> Tensor:
-    """Each channel to its own power in [0.5, 2]."""
+    """Raise each channel to its own power in [0.5, 2]."""
     return x ** (0.5 + 1.5 * u[:, :, None, None])
 
 
 def brightness(x: Tensor, u: Tensor) -> Tensor:
-    """RGB times [0.8, 1.2], plus +-30/255; the code changes the brightness channel of a random colour space."""
+    """Multiply RGB by 0.8 to 1.2 and add up to +-30/255. The code changes the brightness of a random colour space."""
     factor = (0.8 + 0.4 * u[:, 0]).view(-1, 1, 1, 1)
     offset = ((2 * u[:, 1] - 1) * 30 / 255).view(-1, 1, 1, 1)
     return (x * factor + offset).clamp(0, 1)
 
 
 def sharpness(x: Tensor, u: Tensor) -> Tensor:
-    """Towards (factor < 1) or away from (factor > 1) a 3 x 3 smoothing, the factor in [0, 2]."""
+    """smooth + factor * (x - smooth), with a 3 x 3 smoothing of x and a factor in [0, 2]."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     rows = padded[:, :, :-2] + padded[:, :, 1:-1] + padded[:, :, 2:]
     smooth = (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x) / 13
@@ -164,7 +164,7 @@ def sharpness(x: Tensor, u: Tensor) -> Tensor:
 
 
 def hue_saturation(x: Tensor, u: Tensor) -> Tensor:
-    """+-50/255 of a full turn of hue, +-50/255 of saturation, through HSV."""
+    """Shift the hue by up to +-50/255 of a full turn and the saturation by up to +-50/255, in HSV."""
     value = x.amax(1)
     least = x.amin(1)
     chroma = (value - least).clamp_min(1e-8)
@@ -179,7 +179,7 @@ def hue_saturation(x: Tensor, u: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, u: Tensor) -> Tensor:
-    """In half of the cases, invert what is brighter than a threshold in [32, 128] / 255."""
+    """In half of the samples, invert the values at or above a threshold in [32, 128] / 255."""
     threshold = torch.where(u[:, 0] < 0.5, (32 + 96 * u[:, 1]) / 255, 2.0).view(-1, 1, 1, 1)
     return torch.where(x >= threshold, 1 - x, x)
 
@@ -195,14 +195,14 @@ def invert(x: Tensor, u: Tensor) -> Tensor:
 
 
 def histogram(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel's values as levels 0..255 (n, 3, H * W) and the number of pixels up to each level (n, 3, 256)."""
+    """Each channel's values as levels 0..255 (n, 3, H * W), and its number of pixels up to each level (n, 3, 256)."""
     level = (x * 255).round().long().clamp(0, 255).flatten(2)
     counts = torch.zeros(*x.shape[:2], 256, device=x.device)
     return level, counts.scatter_add_(2, level, torch.ones_like(level, dtype=x.dtype)).cumsum(2)
 
 
 def autocontrast(x: Tensor, u: Tensor) -> Tensor:
-    """Stretch each channel to [0, 1] after cutting 0 to 20 % of the pixels off either end."""
+    """Stretch each channel to [0, 1] after cutting off 0 to 20 % of its pixels at each end."""
     _, below = histogram(x)
     cut = below[:, :, -1:] * (21 * u[:, :1, None]).floor() / 100
     low = (below <= cut).sum(2)
@@ -212,7 +212,7 @@ def autocontrast(x: Tensor, u: Tensor) -> Tensor:
 
 
 def equalize(x: Tensor, u: Tensor) -> Tensor:
-    """Pillow's histogram equalization: level -> pixels below it, in steps of (pixels below the last one used) / 255."""
+    """As in Pillow: level -> (pixels below it) / step, where step = (pixels below the highest level used) / 255."""
     level, below = histogram(x)
     counts = below.diff(dim=2, prepend=torch.zeros_like(below[:, :, :1]))
     last = counts.gather(2, 255 - (counts.flip(2) > 0).long().argmax(2, keepdim=True))
@@ -222,7 +222,7 @@ def equalize(x: Tensor, u: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, u: Tensor) -> Tensor:
-    """By up to +-45 degrees."""
+    """Rotate by up to +-45 degrees."""
     return rotate(x, 90 * u[:, 0] - 45)
 
 
@@ -231,9 +231,9 @@ AUGMENTATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posteri
 
 
 def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
-    """Three different augmentations for each sample, in random order; (N, 3, H, W) in [0, 1] in and out.
+    """Apply three different augmentations to each sample, in random order; (N, 3, H, W) in [0, 1] in and out.
 
-    Section 3.3 names seven to draw three from; followed is the code, which draws from ten (data_loader.py).
+    Section 3.3 draws them from seven. The code draws them from ten (data_loader.py), and so does this function.
     """
     order = uniform(generator, 0, 1, len(texture), len(AUGMENTATIONS)).argsort(1)[:, :PUBLISHED["augmentations"]]
     for choice in order.unbind(1):
@@ -244,7 +244,7 @@ def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def coloured_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Textures (count, 3, height, width) in [0, 1] for those who have none: Perlin noise between two random colours."""
+    """Substitute textures (count, 3, height, width) in [0, 1]: Perlin noise that blends two random colours."""
     noise = perlin_noise(count, height, width, generator)[:, None] / 2 + 0.5
     colours = uniform(generator, 0, 1, 2, count, 3, 1, 1)
     return torch.lerp(colours[0], colours[1], noise).clamp(0, 1)
@@ -258,7 +258,7 @@ def synthesize_anomalies(image: Tensor, texture: Tensor | None, generator: torch
 
     Takes image and texture (N, 3, H, W) in [0, 1] on the generator's device; returns augmented, likewise, and mask
     (N, 1, H, W). beta is drawn from its range for each sample. The mask is empty for `normal_share` of the samples and
-    wherever the noise stays below the threshold. Without a texture (None), coloured noise stands in.
+    wherever the noise stays below the threshold. If texture is None, coloured noise replaces it.
     """
     count, _, height, width = image.shape
     mask = perlin_mask(count, height, width, generator, normal_share, PUBLISHED["noise_threshold"])
@@ -266,7 +266,7 @@ def synthesize_anomalies(image: Tensor, texture: Tensor | None, generator: torch
         texture = coloured_noise(count, height, width, generator)
     texture = augment_textures(texture, generator)
     beta = uniform(generator, *beta, count, 1, 1, 1)
-    return torch.lerp(image, texture, beta * mask), mask  # Eq. (4) with its image terms gathered
+    return torch.lerp(image, texture, beta * mask), mask  # Eq. (4) with its two image terms combined
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,13 +277,13 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """Eq. (1): L_SSIM = mean over pixels of (1 - SSIM(x, y))
 
     SSIM = (2 mx my + C1) (2 cov + C2) / ((mx^2 + my^2 + C1) (vx + vy + C2)) with means, variances and covariance under
-    an 11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of range 1.
-    The border is padded with zeros as in the code (loss.py:113). The code guesses the range from the reconstruction's
-    values: 2 where any is below -0.5 (loss.py:105), so that one dark pixel changes the loss of all. Here it is 1.
+    an 11 x 11 Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, for images (N, C, H, W) of data range 1.
+    Zeros pad the border, as in the code (loss.py:113). The code takes a data range of 2 if any value of the
+    reconstruction is below -0.5 (loss.py:105), so one dark pixel changes the whole loss. Here the range is always 1.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.float(), y.float()
-        # vx and vy enter as a sum alone, so four filtered images do. In planes: cuDNN may filter channels_last in TF32.
+        # SSIM needs only vx + vy, so four images are filtered. Contiguous: cuDNN may filter channels_last in TF32.
         moments = torch.cat((x, y, x * x + y * y, x * y), 1).contiguous()
         channels = moments.shape[1]
         offset = torch.arange(-5.0, 6.0, device=x.device)
@@ -301,8 +301,8 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Focal loss = mean over pixels of -(1 - p)^2 log p, p the softmax probability of the pixel's true class.
 
-    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted,
-    labels smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5, which also keeps log p finite.
+    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. As in DRAEM's loss.py, gamma is 2 and no class is weighted.
+    Labels are smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5. This also keeps log p finite.
     """
     with torch.autocast(logits.device.type, enabled=False):
         p_true = logits.float().softmax(1).gather(1, mask.long())
@@ -333,7 +333,7 @@ def up_conv(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SqueezeExcitation(nn.Module):
-    """Weighs each channel by a number in (0, 1) that is computed from all channels' means."""
+    """Multiplies each channel by a weight in (0, 1), computed from the means of all channels."""
 
     def __init__(self, channels: int, reduction: int = 8):
         super().__init__()
@@ -347,8 +347,8 @@ class SqueezeExcitation(nn.Module):
 class SSPCAB(nn.Module):
     """Self-supervised predictive convolutional attentive block (2111.09099): (N, C, H, W) in and out.
 
-    Predicts each position from the four places two steps up or down and left or right of it, never from itself.
-    In training, `cost` is the mean squared error between the block's output and its input; elsewhere None.
+    Predicts each position from the four positions at offsets (+-2, +-2), never from itself.
+    In training mode, `cost` is the mean squared error between the block's output and its input; otherwise None.
     """
 
     def __init__(self, channels: int):
@@ -469,9 +469,9 @@ class DiscriminativeSubNetwork(nn.Module):
 class DraemModel(nn.Module):
     """Both sub-networks, the second half as wide as the first; 69.0 + 28.4 million parameters, 198 GMAC at 256.
 
-    width, sspcab: the networks. beta, rotation, sspcab_lambda: knobs of `losses`, see PUBLISHED. `settings` holds them
-    all, to be saved with the weights. `reading` is how images were read in training, {} where unknown: the keywords of
-    this project's common.read_image.
+    width and sspcab define the networks. beta, rotation and sspcab_lambda are for `losses`, see PUBLISHED.
+    `settings` holds all five, to be saved with the weights. `reading` holds the arguments of this project's
+    common.read_image for the training images; {} if unknown.
     """
 
     def __init__(self, width: int = PUBLISHED["width"], sspcab: bool = False,
@@ -494,9 +494,9 @@ class DraemModel(nn.Module):
         return reconstruction, logits
 
     def losses(self, image: Tensor, texture: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
-        """One training step's terms, whose sum is Eq. (3): turn, simulate, forward, loss. For a model in train mode.
+        """The terms of Eq. (3) for one training step, and SSPCAB's if used. The model must be in training mode.
 
-        image and texture (N, 3, H, W) in [0, 1] on the generator's device, the model's; texture may be None.
+        image and texture (N, 3, H, W) in [0, 1], on the device of generator and model; texture may be None.
         """
         image = rotate_normals(image, generator, self.rotation, PUBLISHED["rotation_share"])
         augmented, mask = synthesize_anomalies(image, texture, generator, self.beta)
@@ -509,10 +509,10 @@ class DraemModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
-        """Eq. (5): eta = max(M_o * f_sf): score (N,), the maximum of the window x window mean of anomaly_map (N, H, W).
+        """Eq. (5): eta = max(M_o * f_sf), where f_sf is a window x window mean filter with zero padding.
 
-        image (N, 3, H, W) in [0, 1]. The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, and
-        in proportion at other sizes. The reconstruction (N, 3, H, W) comes along. ValueError for another kind of image.
+        image (N, 3, H, W) in [0, 1], else ValueError. Returns score (N,), anomaly_map (N, H, W) and reconstruction
+        (N, 3, H, W). window is odd; by default 21 at 256 x 256, as in the code, and in proportion at other sizes.
         """
         if self.training:
             raise RuntimeError("predict needs the statistics learned in training: call model.eval() first")
@@ -524,14 +524,14 @@ class DraemModel(nn.Module):
 
 
 def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tensor:
-    """(N, H, W) -> (N,): the largest mean of a window, an odd number of pixels wide, in zero padding."""
+    """(N, H, W) -> (N,): the maximum of the window x window mean, with zero padding. window is odd."""
     side = min(int(length) for length in anomaly_map.shape[1:])
     window = window or round(PUBLISHED["window"] * side / PUBLISHED["size"]) // 2 * 2 + 1
     return F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
 
 
 def check_image(image: Tensor, least: int) -> Tensor:
-    """The image in float32. ValueError unless (N, 3, H, W) in [0, 1], H and W multiples of 32 from `least` on."""
+    """The image in float32. ValueError unless (N, 3, H, W) in [0, 1], H and W multiples of 32 and at least `least`."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return image.float()  # a graph cannot depend on values
     if not image.is_floating_point():
@@ -548,7 +548,7 @@ def check_image(image: Tensor, least: int) -> Tensor:
 
 
 def initialize(module: nn.Module) -> None:
-    """The code's initial weights (train_DRAEM.py, weights_init); biases of the convolutions keep PyTorch's."""
+    """The code's initial weights (train_DRAEM.py, weights_init); convolution biases keep PyTorch's default."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -561,7 +561,7 @@ def initialize(module: nn.Module) -> None:
 
 
 class Inert:
-    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+    """Stands in for a class that a pickle names. It takes any arguments and does nothing."""
 
     def __init__(self, *_, **__):
         pass
@@ -571,9 +571,9 @@ class Inert:
 
 
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+    """Read a file of torch.save: tensors and plain values only. No code in it is run. One-line ValueError on failure.
 
-    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    anomalib 1.x names torchvision's transforms beside the tensors. Inert replaces them.
     """
     path = str(path)
     try:
@@ -601,7 +601,7 @@ def read_weights(path: str | Path) -> dict:
 
 
 def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
-    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    """kind(**settings) with the weights `state`. Raises a one-line ValueError if they do not fit or are not finite."""
     try:
         model = kind(**settings)
         model.load_state_dict(state)
@@ -614,7 +614,7 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
 
 
 def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
-    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    """Weights, settings and reading of this project's checkpoint. ValueError if it is another method's."""
     if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
     parts = [content.get(name) for name in ("model", "settings", "reading")]
@@ -624,7 +624,7 @@ def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
 
 
 def reorder(state: dict, channels) -> None:
-    """Put the channels of some of the state's tensors into another order: (key, dimension, order) each."""
+    """Reorder channels of tensors in `state`, in place. Each entry of `channels` is (key, dimension, order)."""
     for key, dimension, order in channels:
         value = state.get(key)
         if isinstance(value, Tensor) and value.ndim > dimension and value.shape[dimension] == len(order):
@@ -632,7 +632,7 @@ def reorder(state: dict, channels) -> None:
 
 
 def anomalib_reading(content: dict, path: str | Path) -> dict:
-    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    """Size and antialiasing of the Resize that an anomalib checkpoint holds; 256, antialiased, if it holds none."""
     try:
         transform = content["anomalib_pre_processor_config"]["transform"]
         steps = transform["init_args"].get("transforms", [transform])
@@ -647,23 +647,23 @@ def anomalib_reading(content: dict, path: str | Path) -> dict:
 
 
 FIRST, SECOND = "reconstructive_subnetwork.", "discriminative_subnetwork."
-BGR = (2, 1, 0)  # turns the order of three channels round
-# Whose channels are images: key, dimension, order that makes weights trained on BGR take and give RGB.
+BGR = (2, 1, 0)  # reverses three channels
+# Tensors with colour channels: (key, dimension, order) that converts weights trained on BGR to RGB.
 AUTHORS_CHANNELS = ((FIRST + "encoder.block1.0.weight", 1, BGR),
                     (FIRST + "decoder.fin_out.0.weight", 0, BGR),
                     (FIRST + "decoder.fin_out.0.bias", 0, BGR),
                     (SECOND + "encoder_segment.block1.0.weight", 1, (*BGR, 5, 4, 3)))
-# anomalib's SSPCAB under ristea/sspcab's names; its second and third convolution change places.
+# anomalib's names in SSPCAB -> ristea/sspcab's names. The second and third convolutions are swapped.
 ANOMALIB_SSPCAB = {"masked_conv1.": "conv1.", "masked_conv2.": "conv3.", "masked_conv3.": "conv2.",
                    "masked_conv4.": "conv4.", "attention_module.": "se."}
 
 
 def load(path: str | Path) -> DraemModel:
-    """A trained model in eval mode, for RGB. ValueError in one line.
+    """A trained model in eval mode, for RGB. Raises a one-line ValueError on failure.
 
-    Told apart by their keys: this project's last.pt; the authors' pair, RUN_CLASS_.pckl with RUN_CLASS__seg.pckl beside
-    it; anomalib's checkpoint. The authors' networks saw BGR: their image channels are turned round. anomalib feeds the
-    second network (image, reconstruction): its six channels are put into the paper's order.
+    A file is recognized by its keys: this project's last.pt; the authors' RUN_CLASS_.pckl, with RUN_CLASS__seg.pckl
+    beside it; anomalib's checkpoint. The authors trained on BGR, so their weights are converted to RGB. anomalib feeds
+    the second network (image, reconstruction), so the six input channels are put into the paper's order.
     """
     path = Path(path)
     content = read_weights(path)
@@ -689,7 +689,7 @@ def load(path: str | Path) -> DraemModel:
         raise ValueError(f"{path}: neither this project's checkpoint, nor the authors' first file "
                          f"(RUN_CLASS_.pckl), nor anomalib's; it begins with {', '.join(map(str, list(content)[:3]))}")
     first_conv = state.get(FIRST + "encoder.block1.0.weight")
-    if not settings and isinstance(first_conv, Tensor):  # a released file: its shapes tell
+    if not settings and isinstance(first_conv, Tensor):  # a released file: settings from its keys and shapes
         settings = {"width": len(first_conv), "sspcab": FIRST + "encoder.block5.conv1.weight" in state}
     model = build(DraemModel, settings, state, path)
     model.reading = reading

@@ -1,15 +1,15 @@
 """DSR: a dual subspace re-projection network for surface anomaly detection.
 
 Paper: Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv 2208.01521. "The code" is the authors',
-VitjanZ/DSR_anomaly_detection @ 672bfb8. It has no stage 1, which follows the paper here.
+VitjanZ/DSR_anomaly_detection @ 672bfb8. The code lacks stage 1, which follows the paper here.
 
-An image is written in the codes of two codebooks, a coarse one (lo) and a fine one (hi), learned from all sorts of
-images. Anomalies are simulated by swapping codes for others. Some networks learn to put the product's own codes back;
-another compares the images that are drawn from both. Training has three stages:
+An image is encoded with two codebooks, a coarse one (lo) and a fine one (hi), learned from images of all kinds.
+Anomalies are simulated by swapping codes. Restriction modules learn to restore the product's normal codes. A detection
+module compares the image decoded before this restoration with the image decoded after it. Training has three stages:
 
     1  DiscreteLatentModel      codebooks and general decoder, on any images
-    2  DsrModel.begin(2)        everything that detects, on one product's faultless images; stage 1's model is frozen
-    3  DsrModel.begin(3)        the module that sharpens the mask, on the same images; everything else is frozen
+    2  DsrModel.begin(2)        restriction, decoder and detector, on one product's normal images; stage 1 is frozen
+    3  DsrModel.begin(3)        the upsampling module, which sharpens the mask, on the same images; the rest is frozen
 
 This file holds, in order: the published settings, simulated anomalies, losses, the discrete latent model, the modules
 trained for each product, the model with its training steps, and readers for trained weights. It needs torch alone.
@@ -27,11 +27,11 @@ Five lines train a stage:
     F_lo, F_hi  features             as lo, hi              before quantization
     Q_lo        lo                   (N, D, H / 8, W / 8)   rows of K_lo
     Q_hi        hi                   (N, D, H / 4, W / 4)   rows of K_hi
-    F~_lo, _hi  restricted_lo, _hi   as lo, hi              put back to normal, before quantization
+    F~_lo, _hi  restricted_lo, _hi   as lo, hi              restored to normal, before quantization
     lambda_s    strength             (N,)                   share of the codebook that a swap may draw from
     M           mask                 (N, 1, H, W)           1 = anomalous, 0 = normal, throughout
-    I_gen       general              (N, 3, H, W)           drawn by the general appearance decoder
-    I_spc       specific             (N, 3, H, W)           drawn by the object-specific decoder
+    I_gen       general              (N, 3, H, W)           decoded by the general appearance decoder
+    I_spc       specific             (N, 3, H, W)           decoded by the object-specific decoder
     M_o         coarse_mask          (N, H, W)              [0, 1], the softmax of logits (N, 2, H, W)
     -           anomaly_map          (N, H, W)              [0, 1], likewise, after the upsampling module
     eta         score                (N,)                   [0, 1]
@@ -42,7 +42,7 @@ Five lines train a stage:
     codebook_lo, _hi           _vq_vae_top, _vq_vae_bot      vq_vae_top, vq_vae_bot
     general_decoder            _decoder_b                    decoder_b: DecoderBot
     upsample_lo                upsample_t                    upsample_t
-    lambda_s                   anom_par, its least           latent_anomaly_strength, its least
+    lambda_s                   anom_par (minimum)            latent_anomaly_strength (minimum)
 """
 import io
 import math
@@ -54,12 +54,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PUBLISHED = {  # the paper's, where no other source is named
+PUBLISHED = {  # from the paper, where no other source is named
     "size": 256,                    # side of the square images, in pixels
-    "lr": 2e-4,                     # of Adam in stages 1 and 2; taken over for stage 3
+    "lr": 2e-4,                     # of Adam in stages 1 and 2; used for stage 3 as well
     # stage 1
-    "codes": 4096,                  # in each codebook, K
-    "code_length": 128,             # values of a code, D
+    "codes": 4096,                  # per codebook, K
+    "code_length": 128,             # values per code, D
     "hiddens": 128,                 # width of the encoders and decoders (the released weights)
     "residual_layers": 2,           # of each encoder and decoder (the released weights)
     "residual_hiddens": 64,         # width inside them (the released weights)
@@ -73,25 +73,25 @@ PUBLISHED = {  # the paper's, where no other source is named
     "drops": (0.8,),                # share of the steps after which lr is multiplied by drop_factor: 80,000
     "drop_factor": 0.1,
     "width": 64,                    # of the detection and upsampling modules' first block (the code)
-    "lambda_s": (0.2, 1.0),         # range of the share of the codebook, nearest first, that a swap may draw from
-    "skipped": 0.05,                # share of the codebook, nearest first, that no swap draws: 204 of 4096
-    "both_share": 0.5,              # of anomalous samples, both levels swapped; lo alone and hi alone share the rest
-                                    # equally (train_dsr.py:233-266)
-    "normal_share": 0.5,            # samples that get no anomaly (the code)
+    "lambda_s": (0.2, 1.0),         # range of the share of nearest codes that a swap may draw from
+    "skipped": 0.05,                # share of nearest codes that a swap leaves out: 204 of 4096
+    "both_share": 0.5,              # share of anomalous samples with both levels swapped; half of the rest swaps lo
+                                    # alone, half hi alone (train_dsr.py:233-266)
+    "normal_share": 0.5,            # share of samples that get no anomaly (the code)
     "noise_threshold": 0.5,         # mask = noise > threshold (the code)
-    "rotation": 90.0,               # degrees, at most, by which normal images are turned (the code)
-    "rotation_share": 0.4,          # of the normal images in stage 2 (the code)
+    "rotation": 90.0,               # maximum rotation of normal images, in degrees (the code)
+    "rotation_share": 0.4,          # share of normal images that are rotated in stage 2 (the code)
     "reconstruction_lambda": 10.0,  # weight of MSE(I, I_spc)
     # stage 3
     "upsampling_steps": 20_000,
-    "upsampling_rotation_share": 0.3,  # of the normal images in stage 3 (the code)
-    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: DRAEM's, for the code takes DRAEM's blend
+    "upsampling_rotation_share": 0.3,  # the same in stage 3 (the code)
+    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: as in DRAEM, whose blend the code uses
     # score
     "window": 21,                   # side of the mean filter at 256 x 256 (the code)
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Simulated anomalies. Everything random comes from `generator`, on whose device all of it is computed.
+# Simulated anomalies. `generator` draws all random numbers, on its own device.
 
 
 # Copied from draem.uniform
@@ -103,8 +103,8 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
 def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
     """Perlin noise (N, H, W) at lattice coordinates y, x (N, H, W), for gradients at `angles` (N, R, C), in radians.
 
-    The code's perlin.py: the four corners' products gradient * offset, blended by fade(t) = 6 t^5 - 15 t^4 + 10 t^3,
-    times sqrt(2). Coordinates lie in [0, R - 1) and [0, C - 1).
+    As in DRAEM's perlin.py: the dot products of gradient and offset at the four corners, interpolated by
+    fade(t) = 6 t^5 - 15 t^4 + 10 t^3, times sqrt(2). y lies in [0, R - 1), x in [0, C - 1).
     """
     count, rows, columns = angles.shape
     gradients = torch.stack((angles.cos(), angles.sin()), -1).view(-1, 2)
@@ -125,7 +125,7 @@ def gradient_noise(y: Tensor, x: Tensor, angles: Tensor) -> Tensor:
 
 # Copied from draem.turned_grid
 def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates y, x (N, height, width) of a picture turned about its centre by angle (N,), in radians."""
+    """Pixel coordinates y, x (N, height, width), rotated about the image's centre by angle (N,), in radians."""
     y = torch.arange(height, device=angle.device).view(1, -1, 1) - (height - 1) / 2
     x = torch.arange(width, device=angle.device).view(1, 1, -1) - (width - 1) / 2
     cos, sin = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
@@ -136,13 +136,13 @@ def turned_grid(height: int, width: int, angle: Tensor) -> tuple[Tensor, Tensor]
 def perlin_noise(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """`count` independent noise images (count, height, width), of any size.
 
-    DRAEM's code (data_loader.py): a lattice of 2^0 to 2^5 cells a side, each side drawn alone, turned by up to 90
-    degrees about the centre; what the turn brings in from outside is 0. The code turns the finished picture. Here the
-    coordinates are turned, which blurs nothing.
+    As in DRAEM's code (data_loader.py), each side of the lattice has 2^0 to 2^5 cells, drawn independently. The noise
+    is rotated by up to 90 degrees about the centre; pixels from outside are 0. The code rotates the finished image.
+    Here the coordinates are rotated, which blurs nothing.
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
-    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; enough for the finest lattice
+    angles = uniform(generator, 0, 2 * math.pi, count, 33, 33)  # of the gradients; 32 cells have 33 corners a side
     y, x = turned_grid(height, width, uniform(generator, -math.pi / 2, math.pi / 2, count))
     inside = (y >= 0) & (y <= height - 1) & (x >= 0) & (x <= width - 1)
     y = y.clamp(0, height - 1) * cells[0] / height
@@ -152,8 +152,8 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
 # Copied from draem.apply_where
 def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> Tensor:
-    """function(image, *arguments) for the chosen samples (N,), the others as they are; all arguments are per sample."""
-    if image.is_cuda:  # picking the samples would make the host wait for the device: compute all of them
+    """Apply function(image, *arguments) to the chosen samples (N,) only. Every argument has an entry per sample."""
+    if image.is_cuda:  # selecting samples would make the host wait for the device, so all are computed
         return torch.where(chosen.view(-1, 1, 1, 1), function(image, *arguments), image)
     index = chosen.nonzero().squeeze(1)
     if not len(index):
@@ -163,7 +163,7 @@ def apply_where(chosen: Tensor, function, image: Tensor, *arguments: Tensor) -> 
 
 # Copied from draem.rotate
 def rotate(image: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each sample clockwise about its centre by its own angle (N,): bilinear, black where nothing was."""
+    """Rotate each sample clockwise about its centre by its own angle (N,). Bilinear; pixels from outside are 0."""
     height, width = image.shape[2:]
     y, x = turned_grid(height, width, degrees.deg2rad())
     grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)  # (N, H, W, 2), in [-1, 1]
@@ -172,7 +172,7 @@ def rotate(image: Tensor, degrees: Tensor) -> Tensor:
 
 # Copied from draem.rotate_normals
 def rotate_normals(image: Tensor, generator: torch.Generator, degrees: float, share: float) -> Tensor:
-    """Turn a share of the normal images, each by its own angle of up to +-degrees."""
+    """Rotate a share of the normal images, each by its own angle of up to +-degrees."""
     chosen = uniform(generator, 0, 1, len(image)) < share
     return apply_where(chosen, rotate, image, uniform(generator, -degrees, degrees, len(image)))
 
@@ -187,9 +187,9 @@ def perlin_mask(count: int, height: int, width: int, generator: torch.Generator,
 
 @torch.no_grad()
 def rank_codes(codes: Tensor) -> Tensor:
-    """Row k of (K, K): all codes (K, D) by their distance to code k, the nearest (k itself) first.
+    """codes (K, D) -> (K, K): row k lists all codes by their distance from code k, the nearest (k itself) first.
 
-    Made once for a trained codebook: 4096 codes take about a second on a CPU core, and 64 MiB.
+    The table is made once for a trained codebook. It takes 64 MiB for 4096 codes.
     """
     codes = codes - codes.mean(0)  # for exactness, as in VectorQuantizer.nearest
     norms = codes.square().sum(1)
@@ -202,15 +202,15 @@ def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, stren
                               generator: torch.Generator) -> Tensor:
     """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
-    Of its K codes, sorted by distance, the first int(strength * K) + 1 less the first int(0.05 * K) are candidates, all
-    equally likely (train_dsr.py:31-40). strength (N,). The code sorts by distance from the unquantized
-    feature. Here `ranked` is rank_codes(codebook), sorted by distance from the position's own code: a swap is a look-up
-    in a table made once, and no shape depends on the mask, so that the host does not wait for the device.
+    All K codes are sorted by distance. The candidates are the first int(strength * K) + 1 without the first
+    int(0.05 * K), all equally likely (train_dsr.py:31-40). strength (N,). The code sorts by distance from the
+    unquantized feature. Here `ranked`, rank_codes(codebook), sorts by distance from the position's own code. A swap is
+    then a look-up in a table made once. No shape depends on the mask, so the host does not wait for the device.
     """
     count = len(ranked)
     first = int(PUBLISHED["skipped"] * count)
     nearest = (strength * count).floor() + 1
-    candidates = (nearest.clamp(first + 1, count) - first).view(-1, 1, 1)  # one at least
+    candidates = (nearest.clamp(first + 1, count) - first).view(-1, 1, 1)  # at least one
     draw = (uniform(generator, 0, 1, *index.shape) * candidates).floor()
     rank = first + torch.minimum(draw, candidates - 1).long()
     return torch.where(mask[:, 0] > 0, ranked[index, rank].long(), index)
@@ -221,7 +221,7 @@ def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[fl
                        normal_share: float = PUBLISHED["normal_share"]) -> tuple[Tensor, Tensor]:
     """Stage 3: smudged = (1 - mask) * image + (1 - beta) * (mask * image) + beta * (mask * colour)
 
-    One plain random colour a sample. Takes image (N, 3, H, W) in [0, 1] on the generator's device; returns smudged,
+    Each sample has one random colour. Takes image (N, 3, H, W) in [0, 1] on the generator's device; returns smudged,
     likewise, and mask (N, 1, H, W). beta is drawn from its range for each sample.
     """
     count, _, height, width = image.shape
@@ -239,8 +239,8 @@ def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[fl
 def focal_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Focal loss = mean over pixels of -(1 - p)^2 log p, p the softmax probability of the pixel's true class.
 
-    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. Followed is the code (loss.py): gamma 2, neither class weighted,
-    labels smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5, which also keeps log p finite.
+    logits (N, 2, H, W), mask (N, 1, H, W) of 0 and 1. As in DRAEM's loss.py, gamma is 2 and no class is weighted.
+    Labels are smoothed by 1e-5: p = (1 - 1e-5) p_true + 1e-5 p_other + 1e-5. This also keeps log p finite.
     """
     with torch.autocast(logits.device.type, enabled=False):
         p_true = logits.float().softmax(1).gather(1, mask.long())
@@ -258,15 +258,15 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
 
 
 def eager_on_cpu(x: Tensor) -> bool:
-    """True on a CPU outside a traced graph, where working in pieces is faster."""
+    """True on a CPU outside a traced graph. There, working in pieces is faster."""
     return not (x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook (K, D), and the replacement of features (N, D, h, w) by their nearest codes.
+    """A codebook (K, D) that replaces features (N, D, h, w) by their nearest codes.
 
-    Learned by exponential moving averages of how many features a code stands for, and of their sum: no gradient reaches
-    the codes, and only `forward` in training mode changes them.
+    A code is ema_w / ema_cluster_size, the exponential moving averages of the sum and the number of its features. No
+    gradient reaches the codes. Only `forward` in training mode changes them.
     """
 
     def __init__(self, codes: int, code_length: int):
@@ -277,10 +277,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
-        """argmin over codes of ||feature - code||^2, less ||feature||^2, which is the same for all: (N, h, w).
+        """(N, D, h, w) -> (N, h, w): argmin over codes of ||feature - code||^2 - ||feature||^2.
 
-        On a GPU the distances are the only large tensor: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. The
-        codes' mean is subtracted first: rounding would otherwise decide between close codes.
+        On a GPU all distances are held at once: 512 MiB for 8 images' 64 x 64 positions and 4096 codes. The codes' mean
+        is subtracted first; otherwise rounding would decide between close codes.
         """
         with torch.autocast(features.device.type, enabled=False):
             mean = self.embedding.weight.mean(0)
@@ -302,9 +302,9 @@ class VectorQuantizer(nn.Module):
         return features + (self.lookup(self.nearest(features)) - features).detach()
 
     def forward(self, features: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """quantize, and commitment = 0.25 * MSE(features, codes). In training mode the codes then move to the features.
+        """The nearest codes, as in quantize, and commitment = 0.25 * MSE(features, codes).
 
-        Before that, dead codes are revived.
+        In training mode, dead codes are revived before the search, and the codes are updated after it.
         """
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
@@ -320,7 +320,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, rows: Tensor, index: Tensor) -> None:
-        """One step of the moving averages, of sizes with Laplace smoothing."""
+        """One step of both moving averages. The cluster sizes are Laplace-smoothed."""
         counts = torch.zeros_like(self.ema_cluster_size).index_add_(0, index, torch.ones_like(rows[:, 0]))
         sums = torch.zeros_like(self.ema_w).index_add_(0, index, rows)
         size = torch.lerp(counts, self.ema_cluster_size, PUBLISHED["decay"])
@@ -332,10 +332,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Set dead codes to random features of this batch; all codes of a new codebook, which so starts from features.
+        """Set dead codes to random features of this batch. In a new codebook all codes are dead.
 
-        Dead is a code that less than one feature in ten steps chose, or, where codes outnumber a step's features, less
-        than a tenth of what each would get. Neither paper nor code has this.
+        A code is dead if its moving average of features per step is below 0.1 * min(1, n / K), with n features in the
+        batch and K codes. Neither the paper nor the code has this.
         """
         drawn = rows[torch.randint(len(rows), self.ema_cluster_size.shape, generator=generator, device=rows.device)]
         least = 0.1 * min(1, len(rows) / len(drawn))
@@ -345,14 +345,14 @@ class VectorQuantizer(nn.Module):
         self.embedding.weight.copy_(torch.where(alive[:, None], self.embedding.weight, drawn))
 
     def perplexity(self) -> float:
-        """The number of codes in even use, by the moving averages: from 1 to K."""
+        """exp(entropy) of the codes' shares in the moving average: from 1 (one code used) to K (all used alike)."""
         return torch.special.entr(self.ema_cluster_size / self.ema_cluster_size.sum()).sum().exp().item()
 
 
 class Residual(nn.Module):
-    """relu(x) + conv1x1(relu(conv3x3(relu(x)))): the code's ReLU works in place, so that relu(x) is what is added.
+    """relu(x) + conv1x1(relu(conv3x3(relu(x)))). The code's ReLU is in place, so relu(x) is added, not x.
 
-    Here it does not, and the values are the same. In place, autograd refuses encoder_lo's backward pass in stage 1.
+    Here the ReLU is out of place; the values are the same. In place, encoder_lo's backward pass fails in stage 1.
     """
 
     def __init__(self, channels: int, hidden: int):
@@ -398,7 +398,7 @@ class EncoderHi(nn.Module):
 
 
 class EncoderLo(nn.Module):
-    """Encoded image (N, hiddens, H / 4, W / 4) -> (N, hiddens, H / 8, W / 8)."""
+    """EncoderHi's output (N, hiddens, H / 4, W / 4) -> (N, hiddens, H / 8, W / 8)."""
 
     def __init__(self, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
@@ -453,10 +453,10 @@ class DiscreteLatentModel(nn.Module):
         return self.project_hi(torch.cat((encoded, self.upsample_lo(lo)), 1))
 
     def join(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return torch.cat((self.upsample_lo(lo), hi), 1)  # (N, 2 D, H / 4, W / 4), what both decoders draw from
+        return torch.cat((self.upsample_lo(lo), hi), 1)  # (N, 2 D, H / 4, W / 4), the input of both decoders
 
     def decode(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """The image (N, 3, H, W) that the general appearance decoder draws from Q_lo and Q_hi."""
+        """The image (N, 3, H, W) that the general appearance decoder decodes from Q_lo and Q_hi."""
         return self.general_decoder(self.join(lo, hi))
 
     def quantize(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -466,7 +466,7 @@ class DiscreteLatentModel(nn.Module):
         return lo, self.codebook_hi.quantize(self.encode_hi(encoded, lo))
 
     def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Stage 1: squared error of the image + commitment of F_lo and of F_hi. In train mode the codebooks learn."""
+        """Stage 1: MSE of the image + commitments of F_lo and F_hi. In training mode the codebooks are updated."""
         encoded, features = self.encode_lo(image)
         lo, commitment_lo = self.codebook_lo(features, generator)
         hi, commitment_hi = self.codebook_hi(self.encode_hi(encoded, lo), generator)
@@ -482,7 +482,7 @@ class InstanceNorm(nn.Module):
     """(x - mean) / sqrt(variance + 1e-5) over each sample's channel, in every mode; no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if eager_on_cpu(x):  # batch norm of one sample, which needs no copies to planes and back
+        if eager_on_cpu(x):  # batch norm of one sample needs no copies out of channels_last and back
             return torch.cat([F.batch_norm(sample, None, None, training=True) for sample in x.split(1)])
         return F.instance_norm(x)
 
@@ -565,9 +565,9 @@ class AutoEncoder(nn.Module):
 
 
 class SubspaceRestrictionModule(nn.Module):
-    """Puts features (N, base_width, h, w) back to the product's normal ones. No skips: anomalies must not pass by.
+    """Maps features (N, base_width, h, w) to the product's normal ones. Skip connections would let anomalies through.
 
-    Followed is the code, with two poolings; the paper's figure shows three.
+    It has two poolings, as in the code; the paper's figure shows three.
     """
 
     def __init__(self, base_width: int):
@@ -579,7 +579,7 @@ class SubspaceRestrictionModule(nn.Module):
 
 
 class AnomalyDetectionModule(nn.Module):
-    """A U-Net: (N, in_channels, H, W), specific and general image in this order -> logits (N, out_channels, H, W)."""
+    """A U-Net: (N, in_channels, H, W), specific image, then general image -> logits (N, out_channels, H, W)."""
 
     def __init__(self, in_channels: int = 6, out_channels: int = 2, base_width: int = PUBLISHED["width"]):
         super().__init__()
@@ -590,14 +590,14 @@ class AnomalyDetectionModule(nn.Module):
 
 
 class UpsamplingModule(AnomalyDetectionModule):
-    """The same with the coarse mask's softmax (both channels) as a third input."""
+    """AnomalyDetectionModule with the coarse mask's softmax (both channels) as a third input."""
 
     def __init__(self, in_channels: int = 8, out_channels: int = 2, base_width: int = PUBLISHED["width"]):
         super().__init__(in_channels, out_channels, base_width)
 
 
 class ImageReconstructionNetwork(nn.Module):
-    """The object-specific decoder: (N, in_channels, H / 4, W / 4) -> image (N, 3, H, W), by way of H / 16."""
+    """The object-specific decoder: (N, in_channels, H / 4, W / 4) -> image (N, 3, H, W). Bottleneck at H / 16."""
 
     def __init__(self, in_channels: int, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
@@ -622,7 +622,7 @@ class ImageReconstructionNetwork(nn.Module):
 
 
 class Simulated(NamedTuple):
-    """Stage 2's anomalies: the codes after the swap, those before it, and where the detector has to find the swap."""
+    """Stage 2's anomalies: the codes after the swap, the codes before it, and the target mask."""
     lo: Tensor
     hi: Tensor
     normal_lo: Tensor
@@ -631,17 +631,17 @@ class Simulated(NamedTuple):
 
 
 def initialize(module: nn.Module) -> None:
-    """The code's initial weights of two modules (train_dsr.py:179, 189); biases keep PyTorch's."""
+    """The code's initial weights of two modules (train_dsr.py:179, 189); biases keep PyTorch's default."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0, 0.02)
 
 
 class DsrModel(nn.Module):
-    """All of DSR: 40.3 million parameters, 36.3 of them trained for each product, and, at 256 x 256, 133 GMAC.
+    """All of DSR: 40.3 million parameters, of which 36.3 are trained for each product; 133 GMAC at 256 x 256.
 
-    latent: stage 1's model, a new one if not given. width: of the detection and upsampling modules. lambda_s, rotation:
-    knobs of `losses`, see PUBLISHED. `settings` holds them all, to be saved with the weights. `reading` is how images
-    were read in training, {} where unknown: the keywords of this project's common.read_image.
+    latent: stage 1's model, by default a new one. width: of the detection and upsampling modules. lambda_s and rotation
+    are for `losses`, see PUBLISHED. `settings` holds all four, to be saved with the weights. `reading` holds the
+    arguments of this project's common.read_image for the training images; {} if unknown.
     """
 
     def __init__(self, latent: DiscreteLatentModel | None = None, width: int = PUBLISHED["width"],
@@ -661,19 +661,19 @@ class DsrModel(nn.Module):
         self.upsampling_module = UpsamplingModule(base_width=width)
         self.image_reconstruction_network.apply(initialize)
         self.anomaly_detection_module.apply(initialize)
-        self.stage = None  # 2 or 3 while it is trained
+        self.stage = None  # 2 or 3, set by begin
         self.register_buffer("ranked_lo", None, persistent=False)  # rank_codes of both codebooks in stage 2
         self.register_buffer("ranked_hi", None, persistent=False)
 
     def begin(self, stage: int) -> list[nn.Parameter]:
-        """Freeze what stage 2 or 3 does not train, put the rest in training mode, and return its parameters.
+        """Put the modules of stage 2 or 3 in training mode, freeze the rest, and return the parameters to train.
 
-        For stage 2 both codebooks are ranked, as they are now and on the device where they are.
+        Stage 2 ranks the current codes of both codebooks, on their device.
         """
         last, first = self.upsampling_module, self.discrete_latent_model
         trained = {2: [module for module in self.children() if module not in (first, last)], 3: [last]}[stage]
         self.stage = stage
-        self.training = True  # predict is for a model in eval mode
+        self.training = True  # so that predict asks for eval mode
         for module in self.children():
             module.train(module in trained).requires_grad_(module in trained)
         self.ranked_lo = rank_codes(first.codebook_lo.embedding.weight) if stage == 2 else None
@@ -683,11 +683,11 @@ class DsrModel(nn.Module):
     @torch.no_grad()
     def simulate(self, image: Tensor, generator: torch.Generator,
                  normal_share: float = PUBLISHED["normal_share"]) -> Simulated:
-        """Stage 2's anomalies, after begin(2): codes swapped under a Perlin mask, pooled to each level's size.
+        """Stage 2's anomalies, after begin(2): codes swapped under a Perlin mask, max-pooled to each level's size.
 
-        Three cases, as in the code (train_dsr.py:233-266). Both: lo swapped, F_hi computed and quantized again from the
-        swapped lo, then swapped. Lo alone: hi is that of the unchanged image. Hi alone: hi of the unchanged image,
-        swapped. The mask has the pixels of lo where lo was swapped, else those of hi.
+        Three cases, as in the code (train_dsr.py:233-266). Both: lo is swapped; F_hi is computed from the swapped lo,
+        quantized and swapped. Lo alone: lo is swapped; hi is that of the unchanged image. Hi alone: hi of the unchanged
+        image is swapped. The target mask has lo's resolution where lo was swapped, else hi's, enlarged to H x W.
         """
         if self.ranked_lo is None:
             raise RuntimeError("simulate needs both codebooks ranked: call model.begin(2) first")
@@ -734,7 +734,7 @@ class DsrModel(nn.Module):
         return general, specific, coarse, logits
 
     def losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The terms of the stage that begin set, for image (N, 3, H, W) in [0, 1] on the generator's device."""
+        """The loss terms of the stage set by begin. image (N, 3, H, W) in [0, 1], on the generator's device."""
         if self.stage is None:
             raise RuntimeError("losses are those of a stage: call model.begin(2) or model.begin(3) first")
         return {2: self.detection_losses, 3: self.upsampling_losses}[self.stage](image, generator)
@@ -742,7 +742,7 @@ class DsrModel(nn.Module):
     def detection_losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Stage 2: focal + MSE(restricted_hi, Q_hi) + MSE(restricted_lo, Q_lo) + 10 * MSE(specific, image)
 
-        Q are the codes before the swap.
+        Q_hi and Q_lo are the codes before the swap.
         """
         image = rotate_normals(image, generator, self.rotation, PUBLISHED["rotation_share"])
         lo, hi, normal_lo, normal_hi, mask = self.simulate(image, generator)
@@ -753,7 +753,7 @@ class DsrModel(nn.Module):
                 "reconstruction": PUBLISHED["reconstruction_lambda"] * squared_error(specific, image)}
 
     def upsampling_losses(self, image: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Stage 3: focal, at the image's full size, on images with smudges."""
+        """Stage 3: focal loss on images with smudges, at the image's full size."""
         image = rotate_normals(image, generator, self.rotation, PUBLISHED["upsampling_rotation_share"])
         smudged, mask = synthesize_smudges(image, generator)
         *_, logits = self(smudged)
@@ -761,11 +761,11 @@ class DsrModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
-        """score (N,): the maximum of the window x window mean of coarse_mask; anomaly_map; both (N, H, W) in [0, 1].
+        """score (N,), the maximum of the window x window mean of coarse_mask, with zero padding.
 
-        image (N, 3, H, W) in [0, 1]. The window, an odd number, is the code's 21 at 256 x 256, padded with zeros, on
-        the mask before upsampling, and in proportion at other sizes. general and specific, the images (N, 3, H, W) that
-        are compared, come along. ValueError for another kind of image.
+        image (N, 3, H, W) in [0, 1], else ValueError. Also returns anomaly_map and coarse_mask (N, H, W), and general
+        and specific, the two images (N, 3, H, W) that the detection module compares. window is odd; by default 21 at
+        256 x 256, as in the code, and in proportion at other sizes.
         """
         if self.training:
             raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
@@ -780,7 +780,7 @@ class DsrModel(nn.Module):
 
 # Copied from draem.mean_filter_maximum
 def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tensor:
-    """(N, H, W) -> (N,): the largest mean of a window, an odd number of pixels wide, in zero padding."""
+    """(N, H, W) -> (N,): the maximum of the window x window mean, with zero padding. window is odd."""
     side = min(int(length) for length in anomaly_map.shape[1:])
     window = window or round(PUBLISHED["window"] * side / PUBLISHED["size"]) // 2 * 2 + 1
     return F.avg_pool2d(anomaly_map[:, None], window, stride=1, padding=window // 2).amax((1, 2, 3))
@@ -788,7 +788,7 @@ def mean_filter_maximum(anomaly_map: Tensor, window: int | None = None) -> Tenso
 
 # Copied from draem.check_image
 def check_image(image: Tensor, least: int) -> Tensor:
-    """The image in float32. ValueError unless (N, 3, H, W) in [0, 1], H and W multiples of 32 from `least` on."""
+    """The image in float32. ValueError unless (N, 3, H, W) in [0, 1], H and W multiples of 32 and at least `least`."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return image.float()  # a graph cannot depend on values
     if not image.is_floating_point():
@@ -812,18 +812,18 @@ CODEBOOK_URL = ("https://github.com/open-edge-platform/anomalib/releases/downloa
 CODEBOOK_SHA256 = "52fe7504ec8e9df70b4382f287ab26269dcfe000cd7a7e146a52c6f146f34afb"
 CODEBOOK_FILE = "vq_model_pretrained_128_4096.pckl"  # the authors' name, also inside the zip
 
-# Released names of stage 1's modules, without their leading underscores, and the names here.
+# Released names of stage 1's modules, without leading underscores -> the names here.
 RELEASED = {"encoder_t": "encoder_lo", "encoder_b": "encoder_hi", "pre_vq_conv_top": "project_lo",
             "pre_vq_conv_bot": "project_hi", "vq_vae_top": "codebook_lo", "vq_vae_bot": "codebook_hi",
             "decoder_b": "general_decoder", "upsample_t": "upsample_lo"}
-# The authors' files of a class: the part of a file's name, and the module here.
+# The authors' five files per class: part of the file's name -> the module here.
 AUTHORS_FILES = {"subspace_restriction_hi": "subspace_restriction_module_hi",
                  "subspace_restriction_lo": "subspace_restriction_module_lo",
                  "anomaly_det_module": "anomaly_detection_module", "upsample_module": "upsampling_module",
                  "image_recon_module": "image_reconstruction_network"}
 LATENT = "discrete_latent_model."
-BGR = (2, 1, 0)  # turns the order of three channels round
-# Whose channels are images: key, dimension, order that makes weights trained on BGR take and give RGB.
+BGR = (2, 1, 0)  # reverses three channels
+# Tensors with colour channels: (key, dimension, order) that converts weights trained on BGR to RGB.
 CODEBOOK_CHANNELS = (("encoder_hi.conv_1.weight", 1, BGR),
                      ("general_decoder.conv_trans_2.weight", 1, BGR),  # transposed: (in, out, 4, 4)
                      ("general_decoder.conv_trans_2.bias", 0, BGR))
@@ -835,7 +835,7 @@ AUTHORS_CHANNELS = (("image_reconstruction_network.conv_trans_2.weight", 1, BGR)
 
 # Copied from draem.Inert
 class Inert:
-    """Stands in for a class that a pickle names: whatever it is called with, it does nothing."""
+    """Stands in for a class that a pickle names. It takes any arguments and does nothing."""
 
     def __init__(self, *_, **__):
         pass
@@ -846,9 +846,9 @@ class Inert:
 
 # Copied from draem.read_weights
 def read_weights(path: str | Path) -> dict:
-    """What torch.save wrote, tensors and plain values alone: a pickle's code is never run. ValueError, in one line.
+    """Read a file of torch.save: tensors and plain values only. No code in it is run. One-line ValueError on failure.
 
-    anomalib 1.x names torchvision's transforms beside the tensors: an inert class stands in for them.
+    anomalib 1.x names torchvision's transforms beside the tensors. Inert replaces them.
     """
     path = str(path)
     try:
@@ -877,7 +877,7 @@ def read_weights(path: str | Path) -> dict:
 
 # Copied from draem.build
 def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
-    """kind(**settings) with the weights `state`, all of them finite; what does not fit is a ValueError in one line."""
+    """kind(**settings) with the weights `state`. Raises a one-line ValueError if they do not fit or are not finite."""
     try:
         model = kind(**settings)
         model.load_state_dict(state)
@@ -891,7 +891,7 @@ def build(kind, settings: dict, state: dict, path: str | Path) -> nn.Module:
 
 # Copied from draem.own_parts
 def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
-    """Weights, settings and reading of a checkpoint of this project; ValueError for another method's."""
+    """Weights, settings and reading of this project's checkpoint. ValueError if it is another method's."""
     if content.get("method") != method:
         raise ValueError(f"{path}: a checkpoint of {content.get('method')}, not of {method}")
     parts = [content.get(name) for name in ("model", "settings", "reading")]
@@ -902,7 +902,7 @@ def own_parts(content: dict, method: str, path: str | Path) -> list[dict]:
 
 # Copied from draem.reorder
 def reorder(state: dict, channels) -> None:
-    """Put the channels of some of the state's tensors into another order: (key, dimension, order) each."""
+    """Reorder channels of tensors in `state`, in place. Each entry of `channels` is (key, dimension, order)."""
     for key, dimension, order in channels:
         value = state.get(key)
         if isinstance(value, Tensor) and value.ndim > dimension and value.shape[dimension] == len(order):
@@ -911,7 +911,7 @@ def reorder(state: dict, channels) -> None:
 
 # Copied from draem.anomalib_reading
 def anomalib_reading(content: dict, path: str | Path) -> dict:
-    """How an anomalib checkpoint's images were read: its Resize is among the plain values; 256 where it is not."""
+    """Size and antialiasing of the Resize that an anomalib checkpoint holds; 256, antialiased, if it holds none."""
     try:
         transform = content["anomalib_pre_processor_config"]["transform"]
         steps = transform["init_args"].get("transforms", [transform])
@@ -926,18 +926,18 @@ def anomalib_reading(content: dict, path: str | Path) -> dict:
 
 
 def clean(state: dict) -> dict:
-    """A state dict under the names without the leading underscores of the authors'."""
+    """The state dict without the leading underscores in the authors' names."""
     return {".".join(part.lstrip("_") for part in str(key).split(".")): value for key, value in state.items()}
 
 
 def released_latent(state: dict) -> dict:
-    """A released discrete latent model's state dict under the names here."""
+    """A released discrete latent model's state dict, renamed to the names here."""
     first = {key: key.split(".")[0] for key in clean(state)}
     return {RELEASED.get(first[key], first[key]) + key[len(first[key]):]: value for key, value in clean(state).items()}
 
 
 def latent_settings(state: dict) -> dict:
-    """A released discrete latent model's sizes by its shapes; published sizes for what is absent."""
+    """A released discrete latent model's sizes, from its tensors' shapes; the published size if a tensor is absent."""
     def size(key: str, dimension: int, name: str) -> int:
         value = state.get(key)
         return value.shape[dimension] if isinstance(value, Tensor) and value.ndim > dimension else PUBLISHED[name]
@@ -951,25 +951,25 @@ def latent_settings(state: dict) -> dict:
 
 
 def fetch_codebook() -> Path:
-    """The published codebook's zip from torch.hub's cache or, its hash checked, the network. ValueError in one line."""
+    """The published codebook's zip in torch.hub's cache. If absent, a hash-checked download. ValueError on failure."""
     path = Path(torch.hub.get_dir(), "checkpoints", CODEBOOK_URL.rsplit("/", 1)[1])
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(CODEBOOK_URL, str(path), CODEBOOK_SHA256, progress=False)
-        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+        except (OSError, RuntimeError) as error:  # RuntimeError: wrong hash
             raise ValueError(f"{CODEBOOK_URL}: {error}; fetch the codebook where there is a network and give it with "
                              "--codebook FILE, or make one with --pretrain IMAGES") from None
     return path
 
 
 def read_codebook(path: str | Path) -> dict:
-    """The content of a codebook's file, or of the one that the published zip holds; nothing is unpacked to disk."""
+    """The content of a codebook's file, or of the file in the published zip. Nothing is unpacked to disk."""
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
-                    if name.endswith(".pckl"):  # no file that torch.save wrote, itself a zip, has such a member
+                    if name.endswith(".pckl"):  # a file of torch.save is a zip too, but has no such member
                         content = torch.load(io.BytesIO(archive.read(name)), map_location="cpu", weights_only=True)
                         return dict(content)
         except Exception:  # a damaged file fails in many ways
@@ -978,9 +978,9 @@ def read_codebook(path: str | Path) -> dict:
 
 
 def load_codebook(path: str | Path | None = None) -> DiscreteLatentModel:
-    """A trained discrete latent model, for RGB. Without a path the published one is fetched. ValueError in one line.
+    """A trained discrete latent model, for RGB. Without a path, the published one. One-line ValueError on failure.
 
-    Told apart by their keys: a file of stage 1 here; the authors' file or its zip, for BGR.
+    A file is recognized by its keys: this project's stage 1; the authors' file or its zip, converted from BGR.
     """
     path = fetch_codebook() if path is None else Path(path)
     content = read_codebook(path)
@@ -994,10 +994,10 @@ def load_codebook(path: str | Path | None = None) -> DiscreteLatentModel:
 
 
 def authors_files(path: Path) -> dict[str, Path]:
-    """The five files of a class by module, given any of them. ValueError where the name is neither pattern's.
+    """The five files of a class by module, given any of them. ValueError if the name fits no pattern.
 
-    DSR_MODULE_CLASS.pckl as released; dsr_..._MODULE_CLASS.pckl as the code's training writes them, whose upsampler is
-    dsr_..._upsample.pckl, without a class.
+    The released files are DSR_MODULE_CLASS.pckl. The code's training writes dsr_..._MODULE_CLASS.pckl, but for the
+    upsampler dsr_..._upsample.pckl, without a class.
     """
     start, nameless = path.name.removesuffix("_upsample.pckl"), "_upsample.pckl"
     if path.name.endswith(nameless):
@@ -1018,16 +1018,16 @@ def authors_files(path: Path) -> dict[str, Path]:
 
 
 def dsr_model(latent: dict, **knobs) -> DsrModel:
-    """A new model of saved settings."""
+    """A new model from saved settings."""
     return DsrModel(DiscreteLatentModel(**latent), **knobs)
 
 
 def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
-    """A trained model in eval mode, for RGB. ValueError in one line.
+    """A trained model in eval mode, for RGB. Raises a one-line ValueError on failure.
 
-    Told apart by their keys: this project's last.pt; anomalib's checkpoint; one of the authors' five files of a class,
-    with the other four beside it and the codebook's too, if not given. The authors' networks saw BGR: their image
-    channels are turned round. anomalib shows RGB to a codebook that saw BGR and trains the rest so: kept as trained.
+    Keys identify this project's last.pt and anomalib's checkpoint. Names identify the authors' five files of a class.
+    One of them is given, the others are beside it, and the codebook too if not given. The authors trained on BGR; their
+    weights are converted to RGB. anomalib trains on RGB with a BGR codebook; its weights are kept as they are.
     """
     path = Path(path)
     content = read_weights(path)
@@ -1051,7 +1051,7 @@ def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
                      for key, value in clean(read_weights(file)).items()}
             reorder(state, AUTHORS_CHANNELS)
             reading = {"size": PUBLISHED["size"], "antialias": False}
-        # The authors' decoder may carry codebooks that it does not use.
+        # The authors' decoder file may hold unused codebooks.
         state = {key: value for key, value in state.items() if not key.startswith("image_reconstruction_network.vq")}
         first_conv = state.get("anomaly_detection_module.unet.encoder.block1.0.weight")
         width = len(first_conv) if isinstance(first_conv, Tensor) else PUBLISHED["width"]
