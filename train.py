@@ -53,7 +53,7 @@ TOY = {"draem": dict(size=64, width=32, steps=800),
                    steps=1000, upsampling_steps=300),
        "dfm": dict(backbone="resnet18", pooling=2)}
 LOG_EVERY = 50  # steps
-RESIDENT = 2 ** 30  # bytes of images up to which DSR's stage 1 decodes once; more are read again in every step
+RESIDENT = 2 ** 30  # bytes of images that DSR's stage 1 keeps decoded at most; larger sets are read anew in every step
 
 
 class UserError(Exception):
@@ -61,12 +61,12 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM, its number and what to say, after the checkpoint is saved."""
+    """Raised after Ctrl-C or SIGTERM, once the checkpoint is saved: the signal's number, and what to say."""
 
 
 @contextlib.contextmanager
 def mendable():
-    """Around what reads a user's files: the ValueError of a loader becomes one line."""
+    """Turns a loader's ValueError into a UserError. It stands around everything that reads a user's files."""
     try:
         yield
     except ValueError as error:
@@ -186,7 +186,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Settings that exclude each other. The size is known by now."""
+    """Refuses settings that exclude each other. args.size is set."""
     def refuse(option: str, reason: str):
         raise UserError(f"argument --{option}: {reason}")
 
@@ -260,7 +260,7 @@ def to_device(model: nn.Module, args: argparse.Namespace) -> nn.Module:
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """write(file), into a file beside `path` that then takes its place: the old one or the whole new one."""
+    """Calls write(file) on a temporary file that then replaces `path`. A kill leaves the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,7 @@ def write_whole(path: Path, write: Callable) -> None:
 
 
 def settings_of(args: argparse.Namespace, category: str, images: int, **more) -> dict:
-    """What makes a run what it is. Paths are not: data may move."""
+    """The settings that --resume compares. Paths are left out: data may move."""
     may_change = {"data", "out", "device", "compile", "resume", "save_minutes", "checkpoint", "predict", "save_maps",
                   "bench", "toy", "textures", "codebook", "pretrain", "weights", "epochs"}
     plain = {name: list(value) if isinstance(value, tuple) else value
@@ -283,7 +283,10 @@ def settings_of(args: argparse.Namespace, category: str, images: int, **more) ->
 
 
 class Run:
-    """The folder of one training. `checkpoint` is what --resume goes on from, or {}. UserError where a run is there."""
+    """The folder of one training. `checkpoint` is what --resume goes on from, else {}.
+
+    UserError if the folder holds a run and `resume` is False, or holds one of other settings.
+    """
 
     def __init__(self, folder: Path, settings: dict, resume: bool):
         self.folder, self.settings, self.checkpoint = folder, settings, {}
@@ -294,7 +297,7 @@ class Run:
             self.compare()
         elif not resume and (self.last.exists() or self.log_path.exists()):
             raise UserError(f"{folder}: holds a run; --resume goes on with it, --out DIR puts this one elsewhere")
-        if self.log_path.exists():  # the steps after the checkpoint are taken, and logged, again
+        if self.log_path.exists():  # steps after the checkpoint are taken and logged again
             os.truncate(self.log_path, min(self.log_path.stat().st_size, self.checkpoint.get("log_bytes", 0)))
         self.begun = time.monotonic() - self.checkpoint.get("seconds", 0)
 
@@ -338,7 +341,7 @@ class Run:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C or SIGTERM is put into; a second one acts as usual."""
+    """Yields a list to which the first Ctrl-C or SIGTERM is appended. A second one acts as usual."""
     received = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -374,7 +377,10 @@ def seed_of(seed: int, stage: str, step: int) -> int:
 
 def train(run: Run, model: nn.Module, parameters: list[nn.Parameter], sample: Callable, args: argparse.Namespace,
           stages: list[str], stage: str, steps: int, drops: tuple[float, ...] = ()) -> None:
-    """All steps of one stage, or those that the run's checkpoint lacks. model.losses(*sample(generator), generator)."""
+    """Takes the steps of one stage, or those that the run's checkpoint lacks.
+
+    sample(generator) gives what model.losses takes before the generator. The rate drops after the shares `drops`.
+    """
     start = run.steps_done(stages, stage)
     if start is None or start == steps:
         return
@@ -397,7 +403,7 @@ def train(run: Run, model: nn.Module, parameters: list[nn.Parameter], sample: Ca
             log = done % LOG_EVERY == 0 or done in (1, steps)
             save = stop or done == steps or time.monotonic() - saved >= 60 * args.save_minutes
             if log or save:
-                values = {name: term.item() for name, term in terms.items()}  # a GPU is waited for only now and then
+                values = {name: term.item() for name, term in terms.items()}  # waits for the GPU
                 if not all(map(math.isfinite, values.values())):
                     raise UserError(f"{stage}, step {done}: the loss is not finite ({values}); {run.folder} holds what "
                                     "was saved before; try a lower --lr or --precision fp32")
@@ -407,7 +413,7 @@ def train(run: Run, model: nn.Module, parameters: list[nn.Parameter], sample: Ca
             if save:
                 run.save(model, stage, done, optimizer)
                 saved = time.monotonic()
-            if stop or done == steps and received:  # the second during the last save
+            if stop or done == steps and received:  # or the signal came during the last save
                 raise Stopped(received[0], f"stopped after step {done} of {steps}, which {run.last} holds; go on with "
                               "the same command and --resume")
 
@@ -494,7 +500,7 @@ def sampler(images: Tensor, textures: Tensor | None, args: argparse.Namespace) -
 
 def train_category(category: Category, args: argparse.Namespace, textures: Tensor | None
                    ) -> tuple[nn.Module | None, Run]:
-    """Trains all stages of DRAEM or DSR, or those that the run folder's checkpoint lacks; no model if evaluated."""
+    """Trains DRAEM or DSR, or what the run's checkpoint lacks. The model is None if the run was evaluated before."""
     if args.method == "draem":
         args.steps = args.steps or args.epochs * math.ceil(len(category.train) / args.batch)
     settings = settings_of(args, category.name, len(category.train),
@@ -562,7 +568,7 @@ def pretrain_images(paths: list[Path], args: argparse.Namespace) -> Tensor | Non
     if not args.toy and len(paths) * 3 * args.size ** 2 > RESIDENT:
         return None
     images = resident(paths, "stage 1", args)
-    if args.toy:  # in place of ImageNet: codes that know the product alone could not write down a defect
+    if args.toy:  # in place of ImageNet: codes learned from the product alone cannot represent a defect
         strange, _ = draem.synthesize_anomalies(to_network(images.repeat(4, 1, 1, 1), args), None,
                                                 torch.Generator(args.device).manual_seed(args.seed), normal_share=0)
         images = torch.cat((images, (255 * strange).round().byte()))
@@ -571,7 +577,7 @@ def pretrain_images(paths: list[Path], args: argparse.Namespace) -> Tensor | Non
 
 def pretrain_batches(paths: list[Path], images: Tensor | None, start: int, args: argparse.Namespace
                      ) -> Iterator[Tensor]:
-    """Stage 1's batches from step `start` on, uint8. Step n's images depend on (seed, n) alone, however they come."""
+    """Stage 1's batches from step `start` on, uint8. Step n's images depend on (seed, n) alone, resident or read."""
     count = len(paths) if images is None else len(images)
 
     def indices() -> Iterator[Tensor]:
@@ -592,9 +598,9 @@ def pretrain_batches(paths: list[Path], images: Tensor | None, start: int, args:
 
 
 def fit_dfm(name: str, categories: list[Category], args: argparse.Namespace) -> tuple[nn.Module | None, Run]:
-    """Features stream through once, PCA and Gaussian are fitted in closed form; class-conditional if several.
+    """Fits DFM to the features of all images, one PCA and one Gaussian per category.
 
-    No model if the run is evaluated.
+    The model is None if the run was evaluated before.
     """
     paths = [path for category in categories for path in category.train]
     labels = [number for number, category in enumerate(categories) for _ in category.train]
@@ -772,7 +778,7 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
 
 
 def report(category: Category, remarks: list[tuple], image_metrics: dict, score_type: str) -> None:
-    """What the metrics leave out, and what is odd about masks, in a line each."""
+    """Prints what the metrics leave out and what is odd about masks, a line each."""
     for remark in dict.fromkeys(remark for remark, _ in remarks):
         items = [item for other, item in remarks if other == remark]
         print(f"{category.name}: images with {remark}: {len(items)}, first {items[0].path}", file=sys.stderr)
