@@ -1,7 +1,7 @@
 """What the three methods share: reading images and data sets, metrics, pictures, and a generated toy product.
 
-Images are RGB, uint8, (3, size, size). Masks are bool, (size, size), True = anomalous. Both are squeezed to a square
-whatever their aspect ratio. What a user can mend is a ValueError: one line that says what, where, and what to do.
+Images are RGB, uint8, (3, size, size). Masks are bool, (size, size), True = anomalous. Both are resized to a square,
+whatever their aspect ratio. A fault that a user can mend raises ValueError: one line of what, where, and what to do.
 """
 import math
 import os
@@ -20,28 +20,28 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no EPS, for which Pillow would run Ghostscript
-NORMAL = ("good", "ok", "normal")  # names of a folder of faultless images, in any case
-MASK_ENDING = re.compile(r"_(mask|gt|label|seg)$")  # what a mask's name may have after its image's, in any case
-THREADS = min(16, os.cpu_count() or 1)  # that read images or write pictures
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS is left out: Pillow opens it with Ghostscript
+NORMAL = ("good", "ok", "normal")  # folder names of normal images, in any letter case
+MASK_ENDING = re.compile(r"_(mask|gt|label|seg)$")  # endings of a mask's name, in lower case
+THREADS = min(16, os.cpu_count() or 1)  # for reading images and for writing pictures
 
-Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses more than twice as many; line-scan cameras make large pictures
-warnings.filterwarnings("ignore", module=r"PIL\.")  # on palettes, EXIF, size; what matters is a ValueError here
+Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses images of more than twice this; line scans are large
+warnings.filterwarnings("ignore", module=r"PIL\.")  # on palettes, EXIF, size; faults raise ValueError here
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
 
 
 def open_upright(source, any_mode: bool = False) -> Image.Image:
-    """The first frame of a path, PIL image or array, turned by its EXIF orientation; 16-bit grey has mode I;16."""
+    """The first frame of a path, PIL image or array, EXIF applied. 16-bit grey has mode I;16 or I;16B. ValueError."""
     is_path = isinstance(source, (str, os.PathLike))
     try:
-        if is_path and Path(source).exists() and not Path(source).is_file():  # opening a pipe would wait for ever
+        if is_path and Path(source).exists() and not Path(source).is_file():  # opening a pipe would block
             raise ValueError("it is a folder or a device, not a file")
         image = Image.open(source, formats=FORMATS) if is_path else source
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
         upright = ImageOps.exif_transpose(image)
-        if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit to older Pillow; of unknown range in TIFF
+        if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit PPM, and PNG in older Pillow
             upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
         if upright.mode in ("I", "F", "LAB") and not any_mode:
             raise ValueError(f"mode {upright.mode} has no known range; save it as 8-bit RGB or as 8- or 16-bit grey")
@@ -54,38 +54,38 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tensor:
-    """open_upright's image as 8-bit RGB, uint8 (3, size, size): alpha dropped, not blended; 2^bits - 1 is white."""
+    """An image of open_upright as RGB, uint8 (3, size, size). Alpha is dropped. 16-bit grey is white at 2^bits - 1."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.float64) * 255 / (2 ** bits - 1)
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("La", "RGBa"):  # stored multiplied by alpha
+    if image.mode in ("La", "RGBa"):  # premultiplied by alpha
         image = image.convert(image.mode.upper())
     image = image.convert("RGB")
     if antialias:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     else:
-        matrix = (image.width / size, 0, 0, 0, image.height / size, 0)  # of output to input pixels, from their corners
+        matrix = (image.width / size, 0, 0, 0, image.height / size, 0)  # output to input pixels, 0 at the corner
         image = image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def read_image(source, size: int, antialias: bool = False, bits: int = 16) -> Tensor:
-    """A path, PIL image or array (H, W), (H, W, 3) as 8-bit RGB, uint8 (3, size, size), upright. ValueError, one line.
+    """A path, PIL image or array (H, W), (H, W, 3) as upright RGB, uint8 (3, size, size). ValueError, one line.
 
-    Resized bilinearly from the four nearest pixels, as OpenCV does for the authors, or with antialiasing. bits is the
-    depth of a camera that fills the lower bits of 16-bit grey files: 10, 12 or 14.
+    The resize is bilinear from the four nearest pixels, as in the authors' code (OpenCV), or antialiased. `bits` is the
+    depth of a camera that fills only the lower bits of 16-bit grey files: 10, 12 or 14.
     """
     return to_tensor(open_upright(source), size, antialias, bits)
 
 
 def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, str]:
-    """The mask of an image, bool (size, size), or None if no pixel is anomalous; and "", or what is odd about it.
+    """An image's mask, bool (size, size), or None if no pixel is anomalous; and a remark if it is odd, else "".
 
-    True where more than half of a pixel's area (Pillow's BOX) is anomalous: not black, or, in JPEG and WebP, above 127.
-    A mask of the raw size of a photo that its EXIF orientation turns is turned with it. ValueError, in one line.
+    A stored pixel is anomalous if it is not 0 (JPEG, WebP: above 127). An output pixel is True if more than half of its
+    area is. If EXIF turns the photo on its side, a mask of the photo's stored size is turned too. ValueError, one line.
     """
     mask = open_upright(path, any_mode=True)
-    lossy = mask.format in ("JPEG", "WEBP")  # which ring at edges
+    lossy = mask.format in ("JPEG", "WEBP")  # they ring at edges
     with Image.open(image_path) as photo:
         turn = photo.getexif().get(0x0112, 1)
         on_its_side = turn in (5, 6, 7, 8)
@@ -98,7 +98,7 @@ def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, s
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
     values = (values > 127 if lossy else values != 0).any(2)
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-    result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 for rounding
+    result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
     if not result.any():
         where = f"at {size} x {size}" if values.any() else "in its file"
         return None, f"an empty mask, {where}, left out of the pixel metrics"
@@ -108,7 +108,7 @@ def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, s
 
 
 def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
-    """[read(item) for item in group] of each group, read by threads while the caller works on the group before."""
+    """Yields [read(item) for item in group] for each group. Threads read one group ahead of the caller."""
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = deque()
         for group in groups:
@@ -120,9 +120,9 @@ def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
 
 
 def training_batches(paths: list[Path], batch: int, size: int, antialias: bool = False, bits: int = 16) -> Iterator:
-    """The training images once, in order: uint8 (batch, 3, size, size). ValueError for the first that cannot be read.
+    """Yields the training images once, in order, as uint8 (batch, 3, size, size). ValueError if one cannot be read.
 
-    Says so on stderr where a camera fills only the lower bits of 16-bit files, which then look black.
+    A line on stderr warns if the 16-bit images fill only their lower bits and so look dark.
     """
     def read(path: Path) -> tuple[Tensor, int]:
         image = open_upright(path)
@@ -143,9 +143,9 @@ def training_batches(paths: list[Path], batch: int, size: int, antialias: bool =
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The images in a folder and its subfolders, sorted, without dot-files; a file gives itself. ValueError for none.
+    """The images in a folder and its subfolders, sorted, without dot-files. A file gives itself. ValueError for none.
 
-    Links are followed, each folder once. Other files are counted in one line on stderr.
+    Links are followed, each folder once. A line on stderr counts other files. OSError for an unreadable folder.
     """
     def refuse(error: OSError):
         raise error
@@ -156,7 +156,7 @@ def list_images(folder: Path | str) -> list[Path]:
     if not folder.is_dir():
         return [folder]
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(parent)  # a link back to a folder above would never end
+        real = os.path.realpath(parent)  # a link to a folder above would never end
         folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
         files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
         seen.add(real)
@@ -172,20 +172,20 @@ def list_images(folder: Path | str) -> list[Path]:
 
 class TestImage(NamedTuple):
     path: Path
-    name: Path  # the path below test/, which names its pictures
+    name: Path  # path below test/; it names the output pictures
     defect: str  # its folder's name; "good" if normal
     mask: Path | None
 
 
 class Category(NamedTuple):
-    """One product: images to train on, all of them normal, and images to test on."""
+    """One product: its normal training images and its test images."""
     name: str
     train: list[Path]
     test: list[TestImage]
 
 
 def child(folder: Path, *names: str) -> Path | None:
-    """The subfolder with one of these names, in any case."""
+    """The subfolder with one of these names, in any letter case, or None."""
     found = [entry for entry in sorted(folder.iterdir()) if entry.name.lower() in names and entry.is_dir()]
     return found[0] if found else None
 
@@ -206,7 +206,7 @@ def normal_images(folder: Path) -> list[Path]:
 
 
 def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
-    """The images in folder/good and folder/DEFECT with their masks in truth/DEFECT; masks that fit none are named."""
+    """The images in folder/good and folder/DEFECT, with masks in truth/DEFECT. A line on stderr names unused masks."""
     def key(path: Path, top: Path) -> str:
         return MASK_ENDING.sub("", path.relative_to(top).with_suffix("").as_posix().lower())
 
@@ -229,12 +229,12 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
 
 
 def find_categories(folder: Path | str, training: bool = True) -> list[Category]:
-    """The folder itself if it is in MVTec's layout:
+    """The folder as one category if it has MVTec's layout:
 
         train/good/000.png   test/good/000.png   test/DEFECT/000.png   ground_truth/DEFECT/000_mask.png
 
-    in any case (images directly in train/ do as well; ok and normal mean good); else the folders in it that are, by
-    name; else its images as one training set. Without `training` a test/ alone will do. ValueError, in one line.
+    else its subfolders of this layout, by name; else its images as one training set. Letter case does not matter. ok
+    and normal mean good. train/ itself may hold images. Without `training`, test/ is enough. ValueError, one line.
     """
     def category(folder: Path) -> Category | None:
         train, test = child(folder, "train"), child(folder, "test")
@@ -259,7 +259,7 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 
 
 def connected_regions(mask: Tensor) -> Tensor:
-    """8-connected regions of a mask (H, W), numbered 1, 2, ...; 0 is outside. Each pixel's number spreads inside."""
+    """Labels 1, 2, ... of the 8-connected regions of a mask (H, W); 0 is outside. Pixel numbers spread by maxima."""
     regions = torch.zeros(mask.shape, dtype=torch.int32)
     if not mask.any():
         return regions
@@ -268,7 +268,7 @@ def connected_regions(mask: Tensor) -> Tensor:
     number, spread = None, np.arange(1, inside.size + 1).reshape(inside.shape) * inside
     while not np.array_equal(number, spread):
         number, spread = spread, spread.copy()
-        for near, far in ((spread[1:], spread[:-1]), (spread[:, 1:], spread[:, :-1])):  # the largest of 3 x 3
+        for near, far in ((spread[1:], spread[:-1]), (spread[:, 1:], spread[:, :-1])):  # maxima over 3 x 3
             largest = np.maximum(near, far)
             near[:] = largest
             np.maximum(far, largest, out=far)
@@ -278,14 +278,14 @@ def connected_regions(mask: Tensor) -> Tensor:
 
 
 def ranking_metrics(score: np.ndarray, region: np.ndarray, limit: float = 0.3) -> dict[str, float]:
-    """Metrics of samples with a score and a region, 0 = normal, 1, 2, ... anomalous; {} without both kinds.
+    """Metrics of samples with a score (N,) and a region (N,): 0 = normal, 1, 2, ... anomalous. {} without both kinds.
 
-    With thresholds at every distinct score, by one sort, in about 60 bytes a sample:
-    auroc: the probability that an anomalous sample scores above a normal one, ties half
-    ap: the sum over thresholds n, from the highest down, of (R_n - R_{n-1}) * P_n, recall and precision
-    f1, threshold: the largest 2 P R / (P + R), and the score from which on it calls a sample anomalous
-    aupro: the area under the mean over regions of the share found, against the false positive rate from 0 to `limit`,
-        over `limit`, as MVTec's evaluation script has it
+    Every distinct score is a threshold, from the highest (n = 1) down, with recall R_n and precision P_n.
+    auroc: the probability that an anomalous sample scores above a normal one; a tie counts half
+    ap: the sum over n of (R_n - R_{n-1}) * P_n
+    f1, threshold: the largest 2 P_n R_n / (P_n + R_n), and its score; samples at or above it are called anomalous
+    aupro: the mean recall of the regions, averaged over false positive rates from 0 to `limit`, as in MVTec's script
+    ValueError for a NaN score.
     """
     sizes = np.bincount(region)
     positives = int(sizes[1:].sum())
@@ -296,15 +296,15 @@ def ranking_metrics(score: np.ndarray, region: np.ndarray, limit: float = 0.3) -
         raise ValueError("scores are NaN: the weights are damaged or the training diverged; train again")
     order = np.argsort(-score)
     score, region = score[order], region[order]
-    last = np.append(score[1:] != score[:-1], True)  # of the samples that tie
+    last = np.append(score[1:] != score[:-1], True)  # True for the last of tied samples
     hits = np.insert((region > 0).cumsum()[last], 0, 0)
     alarms = np.insert((region == 0).cumsum()[last], 0, 0)
-    area = ((hits[1:] + hits[:-1]) * np.diff(alarms)).sum() / 2  # of whole numbers, exact
+    area = ((hits[1:] + hits[:-1]) * np.diff(alarms)).sum() / 2  # of integers, so exact
     f1 = 2 * hits[1:] / (hits[1:] + alarms[1:] + positives)
-    weight = np.append(0, 1 / np.maximum(sizes[1:], 1))  # of a sample in the mean over regions
+    weight = np.append(0, 1 / np.maximum(sizes[1:], 1))  # what a sample adds to its region's recall
     overlap = np.insert(weight[region].cumsum()[last], 0, 0.0)
     missed, rate = 1 - overlap / overlap[-1], alarms / negatives
-    inside = rate <= limit  # no area beyond the limit
+    inside = rate <= limit
     missed = np.append(missed[inside], np.interp(limit, rate, missed))
     rate = np.append(rate[inside], limit)
     return {"auroc": float(area / (positives * negatives)),
@@ -317,7 +317,7 @@ def ranking_metrics(score: np.ndarray, region: np.ndarray, limit: float = 0.3) -
 
 
 def panel(image: Tensor) -> np.ndarray:
-    """An image (3, H, W), map or mask (H, W), uint8 in 0..255 or float or bool in 0..1, as (H, W, 3) uint8."""
+    """An image (3, H, W), map or mask (H, W) as uint8 (H, W, 3). Input: uint8 in 0..255, or float or bool in 0..1."""
     if image.dtype != torch.uint8:
         image = (image.float().clamp(0, 1) * 255).round().byte()
     return image.expand(3, *image.shape[-2:]).permute(1, 2, 0).numpy()
@@ -335,14 +335,14 @@ TOY = {"train/good": 100, "test/good": 20, "test/scratch": 12, "test/stain": 12,
 
 
 def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A steel cap with six bolts and a brass hub on a belt, 256 x 256, and its mask. Drawn at twice the size."""
+    """A steel cap with six bolts and a brass hub on a belt, and its mask; 256 x 256, drawn at twice that size."""
     picture, mask = Image.new("RGB", (512, 512), (44, 46, 54)), Image.new("L", (512, 512))
     draw, truth = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
     (cx, cy), turn, lost = 256 + rng.uniform(-4, 4, 2), rng.uniform(-0.04, 0.04), int(rng.integers(6))
     for start in range(int(rng.integers(24)) - 536, 512, 24):  # the belt's weave
         draw.line((start, 0, start + 512, 512), (52, 54, 62), 8)
     draw.circle((cx, cy), 196, (84, 86, 92))
-    for radius in range(188, 0, -2):  # the light comes from the upper left; the lathe left rings
+    for radius in range(188, 0, -2):  # light from the upper left, turning marks
         grey = 118 + (188 - radius) * 3 // 8 + 6 * (radius // 2 % 2) - 28 * (94 <= radius <= 98)
         draw.circle((cx - (188 - radius) / 14, cy - (188 - radius) / 14), radius, (grey, grey + 2, grey + 6))
     for bolt in range(6):
@@ -357,7 +357,7 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
             draw.regular_polygon((x, y, 11), 6, math.degrees(turn), (40, 41, 44))
     draw.circle((cx, cy), 66, (190, 152, 82))
     draw.regular_polygon((cx, cy, 32), 6, math.degrees(turn), (34, 30, 26))
-    if kind == "scratch":  # an arc
+    if kind == "scratch":
         (x, y), radius, start = rng.normal((cx, cy), 20), rng.uniform(70, 130), rng.uniform(0, 360)
         box = (x - radius, y - radius, x + radius, y + radius)
         draw.arc(box, start, start + 60, (34, 34, 38), 10)
@@ -375,7 +375,7 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
 
 
 def make_toy(folder: Path | str) -> Path:
-    """Draws the toy product in MVTec's layout, whole or not at all, unless it is there already; returns its folder."""
+    """Draws the toy product in MVTec's layout unless the folder exists. Returns the folder, which is never partial."""
     folder = Path(folder)
     if folder.is_dir():
         return folder

@@ -1,8 +1,8 @@
-"""Filling networks by a rule that depends on state-dict keys and shapes alone, and checking recorded figures.
+"""Fills networks by a rule that depends on state-dict keys and shapes alone, and checks recorded figures.
 
-The figures in the tests are what the authors' released code (VitjanZ/DRAEM @ 2dbf673, VitjanZ/DSR_anomaly_detection
-@ 672bfb8, ristea/sspcab @ 07d416c) and torchvision 0.28 print on a CPU in float32 when their weights are filled by
-this rule, keys without leading underscores:
+The figures in the tests come from the authors' released code (VitjanZ/DRAEM @ 2dbf673, VitjanZ/DSR_anomaly_detection
+@ 672bfb8, ristea/sspcab @ 07d416c) and torchvision 0.28, on a CPU in float32. Their weights were filled by this rule,
+with keys that have no leading underscores:
 
     n = RandomState(crc32(key + salt)).standard_normal(shape)
     *.num_batches_tracked: 0    *.running_var: 1 + 0.1 |n|    1-d *.weight: 1 + 0.1 n    other 1-d: 0.1 n
@@ -27,7 +27,7 @@ def golden_value(key: str, shape: torch.Size, salt: str = "") -> np.ndarray:
 
 @torch.no_grad()
 def fill(module: torch.nn.Module, salt: str = "") -> torch.nn.Module:
-    """`module` in eval mode, every entry of its state set by the rule."""
+    """Sets every entry of the module's state by the rule; returns it in eval mode."""
     for key, tensor in module.state_dict().items():
         tensor.copy_(torch.from_numpy(golden_value(key, tensor.shape, salt)))
     return module.eval()
@@ -38,7 +38,7 @@ def image(seed: int, *shape: int) -> torch.Tensor:
 
 
 def check(tensor: torch.Tensor, mean: float, std: float, values: list[float], rel: float = 0.0, abs: float = 0.0):
-    """Mean, unbiased standard deviation and the values at evenly spaced flat positions, ends included."""
+    """Checks mean, unbiased standard deviation, and values at evenly spaced flat positions, ends included."""
     flat = tensor.detach().double().flatten()
     at = np.linspace(0, flat.numel() - 1, len(values)).astype(int)
     torch.testing.assert_close(flat.mean().item(), mean, rtol=rel, atol=abs)

@@ -1,7 +1,7 @@
-"""common.py against oracles that share none of its code: pixels computed in numpy from what was written into a file,
-the four-neighbour rule and a dense triangle filter for the resize, counts of whole pixels for masks, folders laid out
-by hand, pairwise and all-threshold loops for metrics, a flood fill for regions, closed forms for pictures, the toy
-product drawn without its noise or its defect."""
+"""Tests of common.py. The oracles share none of its code: for images, the pixels written, in numpy; for the resize,
+four-neighbour weights and a dense triangle filter; for masks, counts of pixels; for data sets, folders laid out by
+hand; for metrics, loops over pairs and thresholds; for regions, a flood fill; for pictures, closed forms; for the toy
+product, drawings without noise or defect."""
 import io
 import math
 import os
@@ -17,7 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as common does, but pytest starts from its own filters
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest resets common's own filter
 rng = np.random.default_rng(0)
 RGB = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
 GREY = rng.integers(0, 256, (16, 16), dtype=np.uint8)
@@ -28,7 +28,7 @@ BLOCKS = np.uint8([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]]).re
 
 
 def refusal(call, *arguments, **options) -> str:
-    """The message of the ValueError, which is one line."""
+    """The one-line message of the ValueError that the call raises."""
     with pytest.raises(ValueError) as caught:
         call(*arguments, **options)
     assert caught.type is ValueError and len(str(caught.value).splitlines()) == 1
@@ -59,7 +59,7 @@ def palette_image(**info):
 
 
 def turned(orientation, array):
-    """What a viewer shows of stored pixels, by the EXIF standard's table of where row 0 and column 0 lie."""
+    """Stored pixels as a viewer shows them, by the EXIF standard's table of row 0 and column 0."""
     transposed = array.swapaxes(0, 1)
     return {1: array, 2: array[:, ::-1], 3: array[::-1, ::-1], 4: array[::-1], 5: transposed, 6: np.rot90(array, -1),
             7: transposed[::-1, ::-1], 8: np.rot90(array)}.get(orientation, array)
@@ -81,7 +81,7 @@ BEST = {"quality": 100, "subsampling": 0}
 FROM_DEEP = grey(np.rint(DEEP / 257))
 CMYK = 255 - np.dstack((RGB, ALPHA)).astype(float)
 
-# name: (how to write the file, its suffix), the pixels it must give, and by how many levels a pixel may be off
+# name: (writer, suffix), expected pixels, tolerance in levels
 GOOD = {
     "1": (saved(GREY > 127), grey((GREY > 127) * 255), 0),
     "L bmp": (saved(GREY, ".BMP"), grey(GREY), 0),
@@ -148,13 +148,13 @@ def test_arrays_and_modes_that_no_file_has():
 
 
 def four_neighbours(inputs, outputs):
-    """Row o: the weights of the two input pixels beside (o + 0.5) * scale - 0.5, clamped to the picture."""
+    """(outputs, inputs): row o weighs the two input pixels beside (o + 0.5) * inputs / outputs - 0.5, clamped."""
     at = np.clip((np.arange(outputs) + 0.5) * inputs / outputs - 0.5, 0, inputs - 1)
     return np.maximum(0, 1 - abs(at[:, None] - np.arange(inputs)))
 
 
 def triangle(inputs, outputs):
-    """Row o: the triangle of output pixel o over the input pixels, as wide as the scale (at least one pixel), sum 1."""
+    """(outputs, inputs): row o is a triangle about output pixel o, of half-width max(scale, 1) and sum 1."""
     scale = inputs / outputs
     distance = (np.arange(inputs) + 0.5)[None] - (np.arange(outputs)[:, None] + 0.5) * scale
     weight = np.maximum(0, 1 - abs(distance) / max(scale, 1))
@@ -176,11 +176,11 @@ def test_resize(shape, options, weights):
 def test_bits(bits, value, expected, tmp_path):
     Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "deep.png")
     assert common.read_image(tmp_path / "deep.png", 4, bits=bits).unique().tolist() == [expected]
-    assert common.read_image(np.full((4, 4), 77, np.uint8), 4, bits=bits).unique().tolist() == [77]  # 8-bit as it is
+    assert common.read_image(np.full((4, 4), 77, np.uint8), 4, bits=bits).unique().tolist() == [77]  # 8-bit stays as is
 
 
 def test_pictures_of_up_to_two_to_the_thirty_pixels_are_opened(tmp_path):
-    def header(height):  # of a PGM file without pixels
+    def header(height):  # a PGM file without its pixels
         return b"P5 32768 %d 255\n" % height
 
     with Image.open(io.BytesIO(header(2 ** 15))) as image:
@@ -189,7 +189,7 @@ def test_pictures_of_up_to_two_to_the_thirty_pixels_are_opened(tmp_path):
     assert str(2 ** 30 + 2 ** 15) in refusal(common.read_image, tmp_path / "scan.pgm", 16)
 
 
-BAD = {  # how to write it, and the reason
+BAD = {  # name: writer, reason in the message
     "empty.png": (lambda path: path.write_bytes(b""), "cannot identify"),
     "PostScript.png": (lambda path: Image.fromarray(RGB).save(path, "EPS"), "cannot identify"),
     "signature.png": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), ""),
@@ -210,7 +210,7 @@ def test_bad_image(name, tmp_path):
     write(path)
     line = refusal(common.read_image, path, 16)
     assert line.startswith(f"{path}: cannot be read as an image: ") and reason in line and "Error" not in line
-    if path.suffix != ".tif":  # a mask likewise
+    if path.suffix != ".tif":  # a mask is refused in the same words
         assert refusal(common.read_mask, path, 16, path) == line
 
 
@@ -242,7 +242,7 @@ MASKS = {
 
 
 def mask_of(folder, mask, size, shape=None, name="mask.png", **options):
-    """read_mask's answer to what is written into a file, for a photo of that shape or the mask's."""
+    """read_mask's result for a mask saved to a file and a photo of `shape`, by default the mask's."""
     saved(mask, **options)[0](folder / name)
     Image.new("L", (shape or np.shape(mask)[:2])[::-1]).save(folder / "photo.png")
     return common.read_mask(folder / name, size, folder / "photo.png")
@@ -257,7 +257,7 @@ def test_a_mask_is_what_is_not_black(name, tmp_path):
 @pytest.mark.parametrize("ratio", [1, 2, 3, 5, 6, 7])
 def test_a_pixel_of_a_mask_is_anomalous_where_more_than_half_of_its_area_is(ratio, tmp_path):
     array = rng.random((8 * ratio, 8 * ratio)) < 0.45
-    array[:ratio, :ratio] = np.arange(ratio * ratio).reshape(ratio, ratio) % 2  # just half where the ratio is even
+    array[:ratio, :ratio] = np.arange(ratio * ratio).reshape(ratio, ratio) % 2  # exactly half if the ratio is even
     counts = array.reshape(8, ratio, 8, ratio).sum((1, 3))
     assert np.array_equal(mask_of(tmp_path, array, 8)[0], 2 * counts > ratio * ratio)
 
@@ -302,7 +302,7 @@ def test_an_odd_mask_is_used_and_remarked_on(height, width, photo, covered, word
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
 @pytest.mark.parametrize("orientation", [*range(1, 9), 99])
 def test_a_mask_is_turned_with_its_photo(orientation, suffix, tmp_path):
-    """One of the size that the photo is stored at is turned like it, one of the size that it is shown at is not."""
+    """A mask of the photo's stored size is turned with the photo. A mask of its shown size is not."""
     raw = np.zeros((8, 24), bool)
     raw[:4, :12] = True
     shown = turned(orientation, raw) if orientation in (5, 6, 7, 8) else raw
@@ -329,7 +329,7 @@ def test_read_ahead_reads_a_group_while_the_caller_has_the_one_before(monkeypatc
 
     def read(item):
         if item < 3:
-            together.wait(20)  # for the other thread
+            together.wait(20)  # two threads read at once
         else:
             second.set()
         return 10 * item
@@ -370,14 +370,14 @@ def test_a_camera_of_few_bits_is_warned_of(peak, depth, tmp_path, capsys):
     if depth:
         assert str(tmp_path) in lines[0] and "all 3 16-bit" in lines[0] and f"--bits {depth}" in lines[0]
     images = torch.cat(list(common.training_batches(paths, 2, 8, bits=12)))
-    assert images.amax() == min(255, round(peak / 4095 * 255)) and capsys.readouterr().err == ""  # the user knows
+    assert images.amax() == min(255, round(peak / 4095 * 255)) and capsys.readouterr().err == ""  # bits was given
 
 
 # --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 def lay_out(folder, *names, links=()):
-    """Empty files below the folder, and links to what is there."""
+    """Creates empty files below the folder, and links, a dict from name to target. Returns the folder."""
     for name in (*names, *dict(links)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in names:
@@ -404,7 +404,7 @@ def test_links_are_followed_once(tmp_path):
     assert common.list_images(tmp_path / "top") == [tmp_path / "top" / name for name in ("a/c.png", "b.png")]
     assert common.list_images(tmp_path / "far") == [tmp_path / "far/in" / name for name in ("back/b.png", "c.png")]
     lay_out(tmp_path, links={"top/lost.png": "nowhere.png"})
-    assert tmp_path / "top/lost.png" in common.list_images(tmp_path / "top")  # reading it says what is wrong
+    assert tmp_path / "top/lost.png" in common.list_images(tmp_path / "top")  # the error comes when it is read
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -419,7 +419,7 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         common.list_images(tmp_path)
 
 
-LAYOUTS = {  # as they are downloaded: the files, and what a refusal must name
+LAYOUTS = {  # data set as downloaded: files, words in the refusal
     "OK, NG": (["OK/0.png", "NG/0.png"], ["OK", "NG"]),
     "good, bad": (["good/0.png", "bad/1.png"], ["good", "bad"]),
     "normal, abnormal, mask": (["normal/0.png", "abnormal/1.png", "mask/1.png"], ["normal", "abnormal", "mask"]),
@@ -475,7 +475,7 @@ def test_mvtec_layout_in_any_case(train, test, truth, good, tmp_path, capsys):
 @pytest.mark.parametrize("mask", ["000.png", "000_mask.png", "000_Mask.JPG", "000_GT.bmp", "000_gt.tiff",
                                   "000_LABEL.gif", "000_label.webp"])
 def test_a_mask_is_found_by_every_suffix(mask, tmp_path, capsys):
-    """Twins share it, subfolders are told apart, and the same name of another defect is another's."""
+    """Images of one stem share a mask. Subfolders and defects are told apart."""
     lay_out(tmp_path, "train/0.png", "test/cut/000.JPEG", "test/cut/000.png", "test/cut/a/000.png", "test/dent/000.png",
             f"ground_truth/cut/{mask}", f"ground_truth/cut/a/{mask}")
     (category,) = common.find_categories(tmp_path)
@@ -509,7 +509,7 @@ def test_categories_below_for_training_and_for_evaluation(tmp_path):
             "bolt/train/0.png", "bolt/train/1.jpg")
     found = [(each.name, len(each.train), len(each.test)) for each in common.find_categories(tmp_path)]
     assert found == [("bolt", 2, 0), ("cap", 1, 1)]
-    lay_out(tmp_path, "cap/train/good/0_gt.png", "nut/test/ok/2.png")  # what is not trained on does no harm
+    lay_out(tmp_path, "cap/train/good/0_gt.png", "nut/test/ok/2.png")  # evaluation ignores train/
     found = [(each.name, each.train, len(each.test)) for each in common.find_categories(tmp_path, training=False)]
     assert found == [("cap", [], 1), ("nut", [], 1)]
     assert common.find_categories(tmp_path / "nut", training=False)[0].name == "nut"
@@ -529,14 +529,14 @@ def test_what_is_missing_is_named(files, name, words, tmp_path):
 
 
 def thresholds(scores, labels):
-    """(score, recall, precision) with everything at or above a score called anomalous, from the highest score down."""
+    """(score, recall, precision) with each distinct score as threshold, from the highest down."""
     for threshold in sorted(set(scores.tolist()), reverse=True):
         called = scores >= threshold
         yield threshold, (called & labels).sum() / labels.sum(), (called & labels).sum() / called.sum()
 
 
 def area_per_region(scores, regions, limit):
-    """The area under (false positive rate, mean share found of a region), threshold by threshold, trapezium by one."""
+    """AUPRO: the mean recall of the regions over the false positive rate, by trapezoids up to `limit`, over `limit`."""
     points, numbers = [(0.0, 0.0)], set(regions.tolist()) - {0}
     for threshold in sorted(set(scores.tolist()), reverse=True):
         called = scores >= threshold
@@ -552,7 +552,7 @@ def area_per_region(scores, regions, limit):
 @pytest.mark.parametrize("levels", [1, 2, 5, 1000])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
 def test_ranking_metrics(levels, share):
-    """With ties, negative scores, both zeros and gaps in the numbers of the regions."""
+    """The samples have ties, negative scores, 0.0 and -0.0, and gaps in the region numbers."""
     for count in (2, 3, 40, 150):
         scores, labels = np.float32(rng.integers(0, levels, count) / levels - 0.4), rng.random(count) < share
         scores[scores == 0] *= rng.choice((1, -1))
@@ -574,7 +574,7 @@ def test_ranking_metrics(levels, share):
 
 
 def test_aupro_where_the_rate_is_at_the_limit():
-    """Three of ten normal samples are above the region: it is found while the rate stands at 0.3."""
+    """Three of ten normal samples score above the region, so recall rises at a rate of exactly 0.3."""
     scores, regions = np.float32([9] * 3 + [8] * 4 + [1] * 7), np.array([0] * 3 + [1] * 4 + [0] * 7)
     assert common.ranking_metrics(scores, regions, 0.3)["aupro"] == 0
     assert common.ranking_metrics(scores, regions, 0.6)["aupro"] == pytest.approx(0.5)
@@ -596,7 +596,7 @@ def test_no_metrics():
 
 
 def test_a_million_scores_in_closed_form():
-    """One anomalous score on top, all others tied: positives times negatives is far beyond what float32 can count."""
+    """One anomalous score is highest, all others tie. positives * negatives is too large for float32 to count."""
     regions = (np.arange(10 ** 6 + 1) % 4 == 0).astype(np.int32)
     scores, positives = np.zeros(len(regions), np.float32), int(regions.sum())
     scores[0] = 1
@@ -628,7 +628,7 @@ def test_connected_regions():
     for mask in masks:
         regions, expected = common.connected_regions(torch.tensor(mask)), flood_fill(mask)
         pairs = set(zip(regions.flatten().tolist(), expected.flatten().tolist())) - {(0, 0)}
-        numbers = list(range(1, expected.max() + 1))  # each of theirs is one of ours
+        numbers = list(range(1, expected.max() + 1))  # the labels correspond one to one
         assert sorted(ours for ours, _ in pairs) == numbers == sorted(theirs for _, theirs in pairs)
 
 
@@ -645,7 +645,7 @@ def test_panel():
 
 @pytest.mark.parametrize("level, weight", [(0, 0), (-3, 0), (1, 1), (7, 1), (0.25, 0.125)])
 def test_overlay(level, weight):
-    """The product's own colours at 0, red at 1; a quarter of the way there weighs an eighth."""
+    """The image's colours at 0, red at 1. A map value of 0.25 has weight 0.125."""
     drawn = common.overlay(RGB, torch.full((16, 16), float(level)))
     expected = (1 - weight) * RGB + weight * np.array((255, 20, 0))
     assert drawn.dtype == np.uint8 and abs(drawn - expected).max() <= 0.5001 * (level > 0)
@@ -655,7 +655,7 @@ def test_overlay(level, weight):
 
 
 class Quiet:
-    """A generator that draws the product without the camera's noise and brightness."""
+    """A generator that makes draw_toy leave out noise and brightness."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -704,7 +704,7 @@ def test_make_toy(small_toy, tmp_path, capsys):
         assert np.array_equal(common.read_image(path, 256).permute(1, 2, 0), picture)
         if defect != "good":
             assert np.array_equal(common.read_mask(mask, 256, path)[0], truth)
-            assert common.read_mask(mask, 64, path)[0].sum() >= 8  # still there at the size of a quick training
+            assert common.read_mask(mask, 64, path)[0].sum() >= 8  # still there at the toy training's size
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert common.make_toy(folder) == folder
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -721,7 +721,7 @@ def test_the_toy_is_whole_or_not_there(small_toy, tmp_path, monkeypatch):
         (tmp_path / "toy/faster").mkdir(parents=True, exist_ok=True)
         return Image.fromarray(RGB), Image.fromarray(GREY)
 
-    monkeypatch.setattr(common, "draw_toy", slower)  # than another process
+    monkeypatch.setattr(common, "draw_toy", slower)  # another process creates the folder first
     assert list(common.make_toy(tmp_path / "toy").iterdir()) == [tmp_path / "toy/faster"]
     assert list(tmp_path.iterdir()) == [tmp_path / "toy"]
 

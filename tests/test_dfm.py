@@ -1,6 +1,6 @@
-"""Tests of dfm.py. Oracles: torchvision 0.28's ResNets in figures (golden.py), torch.linalg.eigh of the covariance,
-torch.distributions.MultivariateNormal in float64, closed forms, the defaults of anomalib 2.7.0, and a slow DFM in loops
-on the ResNet that the figures hold."""
+"""Tests of dfm.py. Oracles: recorded figures of torchvision 0.28's ResNets (golden.py), torch.linalg.eigh of the
+covariance, torch.distributions.MultivariateNormal in float64, closed forms, the defaults of anomalib 2.7.0, and a slow
+DFM in loops on the ResNet that the figures check."""
 import hashlib
 import math
 import os
@@ -18,7 +18,7 @@ import dfm  # noqa: E402
 from dfm import PCA, DFMModel, ResNet, SingleClassGaussian, load, load_resnet  # noqa: E402
 from golden import check, fill, image  # noqa: E402
 
-GOLDEN = {  # name: entries, parameters, and of each layer: shape, mean, standard deviation, first and last value
+GOLDEN = {  # name: state entries, parameters, {layer: shape, mean, standard deviation, first and last value}
     "resnet18": (122, 11689512, {
         "layer1": ((2, 64, 16, 16), 0.67080566, 0.65382395, [0.59933937, 1.0074302]),
         "layer2": ((2, 128, 8, 8), 0.53688578, 0.64861828, [0.3045986, 1.2661612]),
@@ -48,7 +48,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def samples(variances: list[float], n: int, d: int) -> torch.Tensor:
-    """(n, d) whose covariance (over n) has exactly these eigenvalues and zeros, up to rounding."""
+    """Samples (n, d) whose covariance (over n) has these eigenvalues, up to rounding; the others are 0."""
     k = len(variances)
     left = torch.linalg.qr(torch.cat((torch.ones(n, 1).double(), randn(n, k)), 1)).Q[:, 1:]  # columns of mean 0
     right = torch.linalg.qr(randn(d, k, seed=1)).Q
@@ -92,7 +92,7 @@ def test_resnet_gives_torchvisions_figures_at_every_layer(name):
     net, found = ResNet(name, list(layers)[-1]), {}
     assert len(net.state_dict()) == entries
     assert sum(p.numel() for p in net.parameters()) == parameters
-    fill(net.trim())  # by a rule on the keys: another key gives other figures
+    fill(net.trim())  # the rule uses the keys: a wrong key changes the figures
     for layer in layers:
         getattr(net, layer).register_forward_hook(lambda *at, layer=layer: found.update({layer: at[2].clone()}))
     assert torch.equal(net(image(9, 2, 3, 64, 64)), found[list(layers)[-1]])
@@ -135,11 +135,11 @@ def test_pca_equals_eigh_of_the_covariance(n, d):
 def test_singular_values_keep_their_digits_over_eleven_decades(n, d):
     expected = torch.logspace(0, -11, 7, dtype=torch.float64)
     found = dfm.principal_axes(samples((expected.square() / n).tolist(), n, d))[1]
-    close(found, expected, rtol=0, atol=1e-15)  # relative to the largest; a Gram matrix would leave 1e-8
+    close(found, expected, rtol=0, atol=1e-15)  # the largest is 1; a Gram matrix would leave 1e-8
 
 
 @pytest.mark.parametrize("variances, share, count", [
-    ([1.0] * 43 + [0.13] * 10, 0.97, 43),  # 42 of them hold 0.948, 43 0.971: an index taken as a count gives 42
+    ([1.0] * 43 + [0.13] * 10, 0.97, 43),  # 42 hold 0.948, 43 hold 0.971; an index taken as a count gives 42
     ([98.0, 1.0, 1.0], 0.97, 1),  # the first alone
     ([96.5, 2.0, 1.5], 0.97, 2),
     ([4.0, 3.0, 2.0, 1e-14], 1.0, 4),
@@ -165,7 +165,7 @@ def test_gaussian_equals_multivariate_normal():
 
 @pytest.mark.parametrize("n, d, repeats", [(100, 10, 1), (10, 50, 1), (10, 10, 1), (6, 20, 3), (20, 4, 2)])
 def test_mean_nll_of_the_training_set_is_the_entropy(n, d, repeats):
-    """Centred once, the mean Mahalanobis term is the number of directions that vary; null ones are in no term."""
+    """If the data are centred once, the mean Mahalanobis term is the rank. Null directions enter no term."""
     x = randn(n, d).repeat(repeats, 1) * 3 + 100
     rank = min(n - 1, d)
     variance = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))[-rank:]
@@ -214,7 +214,7 @@ def test_pca_errors():
 
 
 def slow_fre(features: torch.Tensor, mean: torch.Tensor, axes: torch.Tensor, height: int, width: int):
-    """FRE (n,) of features (n, C, h, w), axes (k, d), and map (bilinear, half-pixel centres), by loops, in float64."""
+    """FRE (n,) and map (bilinear, half-pixel centres) of features (n, C, h, w), axes (k, d), by loops in float64."""
     c, h, w = features.shape[1:]
     scores, maps = [], np.zeros((len(features), height, width))
     for n, f in enumerate(features.double().flatten(1).numpy() - mean.double().numpy()):
@@ -332,7 +332,7 @@ def test_predict_refuses_other_kinds_of_image():
                          (x + 0.01, "to 1.0"), (x * math.nan, "nan")):
         with pytest.raises(ValueError, match=words):
             model.predict(other)
-    model.predict(x * 1.001 - 0.0005)  # what resizing in floats leaves
+    model.predict(x * 1.001 - 0.0005)  # rounding of a float resize is accepted
 
 
 def test_model_errors():
@@ -363,7 +363,7 @@ def layer1_state() -> dict:
 
 def test_weights_from_a_file(tmp_path):
     state, path = layer1_state(), tmp_path / "resnet18.pth"
-    bare = {k: v for k, v in state.items() if not k.endswith("tracked")}  # older files have no counters
+    bare = {k: v for k, v in state.items() if not k.endswith("tracked")}  # older files lack num_batches_tracked
     later = {"layer2.1.bn1.bias": torch.zeros(3), "fc.weight": torch.zeros(10, 512)}
     for content in (state | later, bare, {"state_dict": state | later, "epoch": 3},
                     {f"module.{k}": v for k, v in state.items()}, {f"module.backbone.{k}": v for k, v in bare.items()},
@@ -410,7 +410,7 @@ def test_download_is_cached_and_its_hash_checked(tmp_path, monkeypatch):
     monkeypatch.setitem(dfm.URLS, "resnet18", path.as_uri())
     assert torch.equal(DFMModel("resnet18", "layer1").backbone.conv1.weight, layer1_state()["conv1.weight"])
     path.unlink()
-    load_resnet(load_resnet(ResNet("resnet18", "layer1")))  # twice, from the cache, under the file's own name
+    load_resnet(load_resnet(ResNet("resnet18", "layer1")))  # both times from the cache
     assert (tmp_path / "home/hub/checkpoints" / path.name).exists()
     for wrong in (saved(layer1_state(), "00000000"), saved(Code()), tmp_path / "missing-00000000.pth"):
         monkeypatch.setitem(dfm.URLS, "resnet18", wrong.as_uri())
@@ -447,12 +447,12 @@ def test_save_and_load(score_type, classes, tmp_path):
     for key, value in model.predict(images).items():
         assert torch.equal(loaded.predict(images)[key], value)
     refitted = small(score_type, pooling_kernel_size=2).fit(model.features(images), torch.arange(2).repeat(6))
-    refitted.load_state_dict(model.state_dict())  # strict, over another number of classes
+    refitted.load_state_dict(model.state_dict())  # strict, though the number of classes differs
     assert torch.equal(refitted.predict(images)["score"], model.predict(images)["score"])
 
 
 def anomalib_checkpoint(layer: str, pixel_max: float, resize: list | int | None) -> dict:
-    """The keys of anomalib 2.7.0's Dfm: resnet18 up to a layer, pooling 2, on a 4 x 4 grid, with three components."""
+    """A file with the keys of anomalib 2.7.0's Dfm: resnet18 up to `layer`, pooling 2, 4 x 4 grid, 3 components."""
     d, empty = 16 * {"layer1": 64, "layer2": 128}[layer], torch.empty(0)
     model = {"pca_model.mean": randn(d).abs().float(), "pca_model.num_components": torch.tensor([3]),
              "pca_model.singular_vectors": torch.linalg.qr(randn(d, 3, seed=1)).Q.float(),
@@ -478,7 +478,7 @@ def test_anomalibs_checkpoint(layer, side, pixel_max, scale, resize, size, tmp_p
     content = anomalib_checkpoint(layer, pixel_max, resize)
     torch.save(content, tmp_path / "model.ckpt")
     model, x = load(tmp_path / "model.ckpt"), image(5, 3, 3, side, side)
-    features = F.avg_pool2d(fill(ResNet("resnet18", layer))(normalized(x)), 2)  # of the network that the file holds
+    features = F.avg_pool2d(fill(ResNet("resnet18", layer))(normalized(x)), 2)  # of the file's network
     mean, vectors = (content["state_dict"][f"model.pca_model.{name}"] for name in ("mean", "singular_vectors"))
     fre, maps = slow_fre(features, mean, vectors.T, side, side)
     prediction = model.predict(x)

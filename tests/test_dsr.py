@@ -1,6 +1,6 @@
-"""Tests of dsr.py. Oracles: the authors' networks in figures (golden.py); the numbers of the paper and of the authors'
-code, as literals; slow versions that sort all codes for each position, write assignments as one-hot rows or compute the
-terms of a loss in float64 from modules called one by one; closed forms; uniform distributions; known clusters."""
+"""Tests of dsr.py. Oracles: recorded figures of the authors' networks (golden.py); the numbers of the paper and of the
+authors' code, as literals; slow versions that sort all codes at each position, use one-hot assignments, or call the
+modules one by one in float64; closed forms; uniform distributions; known clusters."""
 import hashlib
 import shutil
 import subprocess
@@ -43,7 +43,7 @@ def double(monkeypatch):
 
 
 def small(seed: int = 0, **knobs) -> DsrModel:
-    """A small model whose codebooks stand where features are."""
+    """A small model whose codes start from features of eight images."""
     torch.manual_seed(seed)
     latent = DiscreteLatentModel(**SIZES).train()
     with torch.no_grad():
@@ -60,7 +60,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def is_uniform(values: Tensor, low: float, high: float) -> bool:
-    """Kolmogorov's test: one uniform sample in 700 fails it."""
+    """Kolmogorov's test. Fewer than one uniform sample in 1,000 fails it."""
     values = ((values.detach().double().flatten() - low) / (high - low)).sort()[0]
     expected = (torch.arange(len(values)) + 0.5) / len(values)
     inside = -1e-4 <= values[0] and values[-1] <= 1 + 1e-4
@@ -68,7 +68,7 @@ def is_uniform(values: Tensor, low: float, high: float) -> bool:
 
 
 def distances(features: Tensor, codes: Tensor) -> Tensor:
-    """(..., K) in float64, of features (..., D) to every code."""
+    """Distances (..., K) in float64 of features (..., D) to codes (K, D)."""
     return (features.double()[..., None, :] - codes.double()).norm(dim=-1)
 
 
@@ -92,12 +92,12 @@ def test_published_settings():
 
 @torch.no_grad()
 def test_published_model_has_the_authors_sizes_and_initial_weights(monkeypatch):
-    """N(0, 0.02) for the weights of two modules; all else uniform within 1 / sqrt(fan in), as PyTorch's own."""
+    """Two modules have weights N(0, 0.02). All else is PyTorch's: uniform within 1 / sqrt(fan in)."""
     torch.manual_seed(0)
     model = DsrModel()
     assert sum(p.numel() for p in model.parameters()) == 40_298_762
     assert [len(getattr(model, name).state_dict()) for name in PARTS] == [40, 26, 26, 24, 36, 36]
-    monkeypatch.setattr(dsr, "rank_codes", lambda codes: codes)  # takes long
+    monkeypatch.setattr(dsr, "rank_codes", lambda codes: codes)  # slow
     trained = model.begin(2) + model.begin(3)
     assert len(set(trained)) == len(trained) and sum(p.numel() for p in trained) == 36_277_383
     for name in PARTS[1:]:
@@ -106,7 +106,7 @@ def test_published_model_has_the_authors_sizes_and_initial_weights(monkeypatch):
                 bound, weight, spread = conv.weight[0].numel() ** -0.5, conv.weight, 5 / conv.weight.numel() ** 0.5
                 std = 0.02 if name in (RECONSTRUCTION, DETECTION) else bound / 3 ** 0.5
                 assert abs(weight.mean()) < spread * std and abs(weight.std() - std) < spread * std
-                assert (weight.abs().max() > 1.8 * std) == (name in (RECONSTRUCTION, DETECTION))  # a tail, or none
+                assert (weight.abs().max() > 1.8 * std) == (name in (RECONSTRUCTION, DETECTION))  # uniform ends at 1.73
                 assert conv.bias is None or conv.bias.abs().max() <= bound
 
 
@@ -206,7 +206,7 @@ def test_distances_are_exact_where_codes_lie_close_together():
 
 
 def test_moving_averages_against_one_hot_rows():
-    """Sizes are as small as the smoothing too."""
+    """Some sizes are as small as the smoothing term, 1e-5."""
     codes, size = torch.randn(12, 3, generator=seeded(1)), torch.tensor([4.0, 1.0, 1e-5, 0.0]).repeat(3)
     quantizer, total = quantizer_with(codes), size[:, None] * codes
     quantizer.ema_cluster_size.copy_(size)
@@ -264,7 +264,7 @@ def test_a_swap_draws_from_the_codes_that_sorting_gives_all_equally_likely():
     draws = torch.stack([sample_codebook_anomalies(index, ranked, mask, strength, seeded(n)) for n in range(1000)])
     assert (draws[:, :, 1, 1] == index[:, 1, 1]).all() and torch.equal(index, before)
     first = int(0.05 * 40)
-    for n, topk in enumerate((first + 1, int(0.21 * 40) + 1, int(0.56 * 40) + 1, 40)):  # the weakest: one, not none
+    for n, topk in enumerate((first + 1, int(0.21 * 40) + 1, int(0.56 * 40) + 1, 40)):  # even strength 0 leaves one
         counts = torch.zeros(40)
         for y, x in ((0, 0), (0, 1), (1, 0)):
             order = distances(codes[index[n, y, x]], codes).argsort()
@@ -367,7 +367,7 @@ def test_smudges_are_one_colour_blended_under_the_mask(monkeypatch):
 @pytest.mark.parametrize("stage, share", [(2, 0.4), (3, 0.3)])
 @pytest.mark.parametrize("knobs, most", [({}, 90), ({"rotation": 20}, 20), ({"rotation": 0}, 0)])
 def test_normal_images_are_turned(stage, share, knobs, most, monkeypatch):
-    """The angle of each is read off ramps of brightness about the centre."""
+    """Slopes of brightness ramps about the centre show the angles."""
     seen = []
 
     def stop(turned: Tensor, *_):
@@ -447,7 +447,7 @@ def test_terms_of_both_losses_against_a_slow_version(double):
 
 
 def test_gradients_of_each_term():
-    """The detector's inputs are detached; through requantized codes the gradient passes straight."""
+    """The detector's inputs are detached. Gradients pass straight through requantization."""
     model = small()
     model.begin(2)
     terms = model.losses(image(8, 4, 3, 64, 64), seeded(1))
@@ -465,7 +465,7 @@ def test_a_stage_moves_its_own_parts_alone_and_its_loss_falls(stage, moving):
     if stage == 1:
         trainer = model.discrete_latent_model.train()
     else:
-        model.begin(5 - stage)  # the other stage's choice does not stay
+        model.begin(5 - stage)  # begin undoes the other stage's choice
         parameters = model.begin(stage)
         assert {id(p) for p in parameters} == {id(p) for name in moving for p in getattr(model, name).parameters()}
         assert [name for name in PARTS if getattr(model, name).training] == moving
@@ -481,7 +481,7 @@ def test_a_stage_moves_its_own_parts_alone_and_its_loss_falls(stage, moving):
     assert seen[-1] < 0.95 * seen[0]
     for name in PARTS:
         still = {key for key, value in state(getattr(model, name)).items() if torch.equal(value, before[name][key])}
-        assert still == (set() if name in moving else before[name].keys())  # every entry of what moves has moved
+        assert still == (set() if name in moving else before[name].keys())  # every entry of a moving part changes
 
 
 def test_bfloat16_autocast_leaves_codes_losses_and_scores_in_float32():
@@ -584,7 +584,7 @@ def test_predict_as_a_graph(way, double):
 
 FILES = {"subspace_restriction_hi": RESTRICTION_HI, "subspace_restriction_lo": RESTRICTION_LO,
          "anomaly_det_module": DETECTION, "upsample_module": UPSAMPLING, "image_recon_module": RECONSTRUCTION}
-TRAINING = "dsr_0.0002_100_bs8_anom_par0.2"  # how the names begin that the authors' training gives
+TRAINING = "dsr_0.0002_100_bs8_anom_par0.2"  # how file names of the authors' training begin
 
 
 def as_authors(module: nn.Module) -> dict:
@@ -600,7 +600,7 @@ def as_authors(module: nn.Module) -> dict:
 
 
 def save_authors(model: DsrModel, folder: Path) -> Path:
-    """The five files of a class and the codebook's. The path of one of them."""
+    """Saves the five files of a class and the codebook's. Returns one path."""
     for kind, module in FILES.items():
         content = as_authors(getattr(model, module))
         if kind == "image_recon_module":
@@ -639,7 +639,7 @@ def test_authors_files_are_found_from_any_of_them(tmp_path):
     for name in ("upsample", "anomaly_det_module_metal_nut", "image_recon_module_metal_nut"):
         assert same(state(load(tmp_path / f"{TRAINING}_{name}.pckl", tmp_path / "codebook.zip")), expected)
     shutil.copy(path, tmp_path / f"{TRAINING}_image_recon_module_pill.pckl")
-    with pytest.raises(ValueError, match="2 files"):  # of which class?
+    with pytest.raises(ValueError, match="2 files"):  # two classes are there
         load(tmp_path / f"{TRAINING}_upsample.pckl", codebook)
     with pytest.raises(ValueError, match="subspace_restriction_hi_pill.pckl"):
         load(tmp_path / f"{TRAINING}_image_recon_module_pill.pckl", codebook)

@@ -1,4 +1,4 @@
-"""README is held to the files it speaks of. Oracle: the files themselves; every command and snippet is run, small."""
+"""Tests that README fits the code. Oracles: the files themselves, and small runs of its commands and snippets."""
 import re
 import shlex
 from pathlib import Path
@@ -28,7 +28,7 @@ def section(title: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """What the commands name: data sets, textures, photos, and a codebook where the published one would be fetched."""
+    """The files that the commands name, and a small codebook in place of the published one."""
     monkeypatch.chdir(tmp_path)
     for place in ("mvtec/bottle/train/good", "mvtec/bottle/test/good", "mvtec/bottle/test/broken", "dtd/images/a",
                   "mvtec/bottle/ground_truth/broken", "imagenet/train", "photos"):
@@ -53,8 +53,8 @@ def test_commands_run(folder, capsys):
         words = words[words.index("train.py") + 1:]
         if "--checkpoint" in words:
             assert train.main(words) == 0, words
-        elif "--data" in words:  # without it, the toy product, which CI trains as printed
-            out = ["--out", f"runs{number}"] if trained else []  # the first one's checkpoint is named later
+        elif "--data" in words:  # CI runs those without it, on the toy product
+            out = ["--out", f"runs{number}"] if trained else []  # later commands name the first run's checkpoint
             assert train.main([*words, *SMALL[words[0]].split(), *out]) == 0, words
             trained = True
     assert "part.png 0." in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""Tests that a model file is all one needs to copy. Oracles: the files' own syntax trees, inspect.getsource, and a
-fresh interpreter in a folder that holds one file alone."""
+"""Tests that a model file can be copied alone. Oracles: the files' own syntax trees, inspect.getsource, and a fresh
+interpreter in a folder that holds that file only."""
 import ast
 import importlib
 import inspect
@@ -57,7 +57,7 @@ def test_a_model_file_works_alone(name, tmp_path):
 def test_marked_copies_equal_their_originals(name):
     module, source = importlib.import_module(name), (ROOT / f"{name}.py").read_text(encoding="utf-8")
     marks = COPY.findall(source)
-    assert marks and len(marks) == source.lower().count("# copied from ")  # each is above a definition
+    assert marks and len(marks) == source.lower().count("# copied from ")  # each mark is above a definition
     for file, original, copy in marks:
         assert file == "draem" and copy == original
         assert inspect.getsource(getattr(module, copy)) == inspect.getsource(

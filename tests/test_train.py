@@ -1,8 +1,8 @@
-"""The command, run as a person runs it, on ten small pictures.
+"""Tests of train.py: the command, run as a user runs it, on ten small pictures.
 
-Oracles: a run that was left alone, for runs that were stopped or killed, bit for bit; one process, for several; the
-papers' numbers, written out here, for defaults and drops of the rate; what the model's losses and predict are given,
-against the files; brute force over pairs and thresholds, for metrics; the line that each mistake deserves.
+Oracles: for stopped and killed runs, an uninterrupted run, bit for bit; for several processes, one; for defaults and
+learning-rate drops, the papers' numbers as literals; for what losses and predict receive, the files; for metrics,
+brute force over pairs and thresholds; for a mistake, the words of its message.
 """
 import csv
 import io
@@ -90,7 +90,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("benchmark", "allow_tf32"):  # to be put back
+    for name in ("benchmark", "allow_tf32"):  # restored after the test
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
 
 
@@ -115,7 +115,7 @@ def mistake(command):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """(model, what its losses were given), of every step."""
+    """A list of (model, arguments of its losses) for every step."""
     calls = []
     for kind in (draem.DraemModel, dsr.DsrModel, dsr.DiscreteLatentModel):
         def losses(self, *given, inner=kind.losses):
@@ -126,7 +126,7 @@ def fed(monkeypatch):
 
 
 def before_each_step(monkeypatch, act):
-    """Calls act(number of this training step, counted from 1, optimizer, generator) before every training step."""
+    """Calls act(step, optimizer, generator) before every training step; step counts from 1."""
     inner, count = train.training_step, itertools.count(1)
 
     def step(model, optimizer, sample, generator, args):
@@ -149,7 +149,7 @@ def scores_of(folder):
 
 
 def table_of(out):
-    """Name -> figures of the printed table; None where there is a dash."""
+    """The printed table as {name: figures}; a dash is None."""
     lines = out[("\n" + out).index("\ncategory  "):].splitlines()[1:-1]
     return {line.split()[0]: [None if word == "-" else float(word) for word in line.split()[1:]] for line in lines}
 
@@ -159,7 +159,7 @@ def files_in(folder):
 
 
 def leaves(value, name=""):
-    """All tensors and numbers of a checkpoint, by path."""
+    """Yields (path, value) for every tensor and number of a checkpoint."""
     if isinstance(value, (dict, list, tuple)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(part, f"{name}.{key}")
@@ -168,7 +168,7 @@ def leaves(value, name=""):
 
 
 def same_run(one, other):
-    """Everything in two run folders is equal to the bit, but seconds and the paths of the images."""
+    """Asserts that two run folders are bit-equal, apart from seconds and the images' paths."""
     states = [dict(leaves(torch.load(Path(folder, "last.pt"), weights_only=True))) for folder in (one, other)]
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
@@ -190,13 +190,13 @@ def same_run(one, other):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run folder of DRAEM that is only read."""
+    """A run folder of DRAEM; the tests only read it."""
     out, before = tmp_path_factory.mktemp("trained"), files_in(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "LOG_EVERY", 5)
         argv = [*DRAEM, "--data", str(data), "--steps", "14", "--lr", "5e-3", "--out", str(out), "--save-maps"]
         assert train.main(argv) == 0
-    assert files_in(data) == before  # nothing is written but below --out
+    assert files_in(data) == before  # a run writes below --out alone
     return out / "draem" / "weave"
 
 
@@ -221,7 +221,7 @@ def test_a_run_leaves_its_files(trained):
 
 
 def brute_force(scores, labels):
-    """AUROC, AP, the best F1 and the highest threshold that has it: over pairs, and over every score as threshold."""
+    """AUROC over pairs; AP, the best F1 and its highest threshold over every score as threshold."""
     scores, labels = np.asarray(scores), np.asarray(labels) > 0
     apart = np.sign(scores[labels][:, None] - scores[~labels])
     ap, f1, threshold, recall = 0, 0, None, 0
@@ -257,7 +257,7 @@ def test_metrics_and_scores_are_those_of_the_saved_weights(trained, data):
 
 
 def test_pictures(trained, data):
-    """A strip: image, reconstruction, map over image, truth, with white gaps; the sheet shows strips under headings."""
+    """A strip shows image, reconstruction, map over image and truth, with white gaps. The sheet shows all strips."""
     with Image.open(trained / "maps/hole/000.png") as picture:
         strip = np.asarray(picture).astype(int)
     assert strip.shape == (32, 4 * 32 + 3 * 4, 3)
@@ -278,7 +278,7 @@ def test_pictures(trained, data):
 
 
 @pytest.mark.parametrize("name, turn, size", [("a.tiff", 6, (50, 70)), ("a.jpg", 8, (50, 70)), ("a.tiff", 3, (70, 50)),
-                                              ("a.jpg", 99, (70, 50))])  # 99 means nothing
+                                              ("a.jpg", 99, (70, 50))])  # 99 is no orientation
 def test_a_saved_map_is_as_large_as_the_image_as_it_is_seen(name, turn, size, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = turn
@@ -289,7 +289,7 @@ def test_a_saved_map_is_as_large_as_the_image_as_it_is_seen(name, turn, size, tm
 
 
 def test_maps_for_mvtecs_script(trained, data, command):
-    """anomaly_maps/CATEGORY/test/DEFECT/NAME.tiff: one channel, 32-bit float, as large as the image as it is seen."""
+    """anomaly_maps/CATEGORY/test/DEFECT/NAME.tiff: one channel, 32-bit float, of the upright image's size."""
     root = trained.parent / "anomaly_maps" / "weave" / "test"
     assert {path.relative_to(root) for path in root.rglob("*.*")} == {
         path.relative_to(data / "test").with_suffix(".tiff") for path in (data / "test").rglob("*.png")}
@@ -315,7 +315,7 @@ def test_maps_for_mvtecs_script(trained, data, command):
 
 
 def train_and_die(argv, moment, number):
-    """The command, in a process of its own that kills itself at the number-th training step or checkpoint."""
+    """Runs the command and kills its own process at the number-th training step or checkpoint."""
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -355,7 +355,7 @@ def test_killed_at_random_a_run_ends_like_one_left_alone(method, data, command, 
     assert command(*argv, "--out", "whole")[0] == 0
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(Path(__file__).parent))))
     clean = multiprocessing.get_context("forkserver")  # forks processes that have imported everything
-    clean.set_forkserver_preload(["test_train", "torch._dynamo"])  # the latter for speed: optimizers import it
+    clean.set_forkserver_preload(["test_train", "torch._dynamo"])  # optimizers import the latter, slowly
     pick = random.Random(method)
     for moment in ("before a step", "in the middle of a checkpoint", "before a checkpoint takes its place"):
         given = [*argv, "--out", "cut", "--resume"], moment, pick.choice((2, 3, 4))
@@ -365,7 +365,7 @@ def test_killed_at_random_a_run_ends_like_one_left_alone(method, data, command, 
         assert died.exitcode == -signal.SIGKILL
     folder = sorted(Path("cut", method).iterdir())[-1]
     saved = torch.load(folder / "last.pt", weights_only=True)["log_bytes"]
-    assert saved < (folder / "log.jsonl").stat().st_size  # the killed step is logged and not saved
+    assert saved < (folder / "log.jsonl").stat().st_size  # the killed step was logged, not saved
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"stage": "tr')
     assert command(*argv, "--out", "cut", "--resume")[0] == 0
@@ -376,7 +376,7 @@ def test_killed_at_random_a_run_ends_like_one_left_alone(method, data, command, 
 @unix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_its_step(number, data, command, monkeypatch):
-    """It saves and exits with 128 + the signal's number; --resume goes on, from data that has moved meanwhile."""
+    """The run saves and exits with 128 + the signal's number. --resume goes on, although the data have moved."""
     argv = [*DRAEM, "--steps", "7"]
     assert command(*argv, "--data", data, "--out", "whole")[0] == 0
     taken = []
@@ -422,7 +422,7 @@ class Killed(BaseException):
 
 
 def test_minutes_between_checkpoints_and_the_time_left(data, command, monkeypatch):
-    """A step takes 40 s by this clock: 2 minutes are over after steps 3 and 6. Killed in step 8, it goes on from 6."""
+    """A step takes 40 s here: 2 minutes are over after steps 3 and 6. A run killed in step 8 goes on from step 6."""
     now, saved, save = [1000], [], train.Run.save
 
     def act(count, *_):
@@ -443,7 +443,7 @@ def test_minutes_between_checkpoints_and_the_time_left(data, command, monkeypatc
 
 
 def test_weights_and_steps_depend_on_seed_stage_and_number_alone(data, command, monkeypatch):
-    """Not on how much of the generators the steps before have used up."""
+    """Random numbers that earlier steps drew make no difference."""
     def seen(*argv, waste=0):
         draws, weights = [], []
 
@@ -475,7 +475,7 @@ def test_a_folder_that_holds_a_run_is_refused(data, command, mistake):
         line = mistake(*argv)
         assert f"{argv[0]}/weave: holds a run" in line and "--resume" in line and "--out" in line
         assert files_in("runs") == before and command(*argv, "--out", "other")[0] == 0
-    Path("runs/draem/weave/last.pt").unlink()  # killed before its first checkpoint, it leaves a log
+    Path("runs/draem/weave/last.pt").unlink()  # a run killed before its first checkpoint leaves a log
     assert "holds a run" in mistake(*DRAEM, "--steps", 1, "--data", data)
     assert command(*DRAEM, "--steps", 1, "--data", data, "--resume")[0] == 0
     assert len(log_rows("runs/draem/weave")) == 1
@@ -498,7 +498,7 @@ def test_resume_refuses_another_setting(trained, data, mistake):
 
 @pytest.mark.parametrize("method, argv", [("draem", [*DRAEM, "--steps", "1"]), ("dfm", DFM)])
 def test_resume_of_a_whole_command_prints_the_whole_table(method, argv, command, monkeypatch):
-    """Over several processes each category is done once, as one process does them all; then the table takes no work."""
+    """Two processes do each category once, with one process's results. --resume then prints the table without work."""
     names = ["a", "b", "c"]
     for seed, name in enumerate(names):
         draw_data(f"parent/{name}", seed, masks=name != "b")
@@ -555,7 +555,7 @@ def test_defaults_are_the_published_settings(monkeypatch):
         assert train.main([method, "--data", "x", "--device", "cpu"]) == 0
         assert seen.items() >= (values | shared).items()
     names = {"rotate": "rotation", "variance": "share"}
-    for method, values in published.items():  # from PUBLISHED: what is changed there is changed here
+    for method, values in published.items():  # a default is PUBLISHED's entry, not a copy
         for name in values.keys() - {"size", "batch", "steps", "sspcab"}:
             with monkeypatch.context() as patch:
                 patch.setitem(train.METHODS[method].PUBLISHED, names.get(name, name), changed := [1])
@@ -573,7 +573,7 @@ def test_help(method, capsys):
 
 
 def test_the_rate_drops_where_published(data, command, monkeypatch):
-    """DRAEM: a tenth after 4/7 and 6/7 of its steps; DSR: after 4/5 of stage 2's, never in stages 1 and 3."""
+    """The rate falls to a tenth: DRAEM's after 4/7 and 6/7 of the steps, DSR's in stage 2 alone, after 4/5."""
     rates = []
     before_each_step(monkeypatch, lambda _, optimizer, __: rates.append(optimizer.param_groups[0]["lr"]))
     monkeypatch.setattr(train, "LOG_EVERY", 1)
@@ -593,7 +593,7 @@ def is_one_of(image, images):
 
 
 def test_draem_is_fed_images_and_textures(data, command, fed):
-    """Batches drawn from all training images and all textures, in [0, 1]; and every option reaches the model."""
+    """Batches in [0, 1] come from all training images and all textures. Every option reaches the model."""
     colours = {"magenta": (255, 0, 255), "green": (0, 255, 0)}
     Path("textures").mkdir()
     for name, colour in colours.items():
@@ -602,7 +602,7 @@ def test_draem_is_fed_images_and_textures(data, command, fed):
         "draem", "--data", data, "--textures", "textures", "--size", 64, "--width", 6, "--batch", 3, "--epochs", 3,
         "--beta", 0.2, 0.3, "--rotate", 5, "--sspcab", "--lr", 3e-3, "--seed", 5, "--precision", "fp32", "--device",
         "cpu")
-    assert status == 0 and len(fed) == 3 * 2  # four images are two batches
+    assert status == 0 and len(fed) == 3 * 2  # four images make two batches of three
     sources = {name: [common.read_image(path, 64) / 255 for path in common.list_images(folder)]
                for name, folder in (("image", data / "train"), ("texture", Path("textures")))}
     for model, (image, texture, _) in fed:
@@ -698,9 +698,9 @@ def test_a_process_takes_the_gpu_of_its_number(given, index, monkeypatch):
 @pytest.mark.parametrize("options, reading, middle", [
     ((), {"size": 32, "antialias": False, "bits": 16}, 4),  # 255 * 1023 / 65535
     (("--bits", 10), {"size": 32, "antialias": False, "bits": 10}, 255),
-    (("--bits", 10, "--antialias"), {"size": 32, "antialias": True, "bits": 10}, 85)])  # a third of it is white
+    (("--bits", 10, "--antialias"), {"size": 32, "antialias": True, "bits": 10}, 85)])  # a third of each pixel is white
 def test_images_are_read_as_the_options_say_then_and_later(options, reading, middle, command, fed, monkeypatch):
-    """Every third column is white, in the middle of an output pixel; a camera with 10 bits writes 1023."""
+    """Every third column is 1023, the white of a 10-bit camera, in the middle of an output pixel."""
     stripes = np.zeros((96, 96), np.uint16)
     stripes[:, 1::3] = 1023
     for part in ("train/good", "test/good", "test/cut"):
@@ -718,7 +718,7 @@ def test_images_are_read_as_the_options_say_then_and_later(options, reading, mid
     for image in (fed[0][1][0], *shown):
         assert (255 * image[:, :, 4:-4, 4:-4]).round().unique().tolist() == [middle]
     assert command("draem", "--checkpoint", last, "--predict", "grey/test", "--device", "cpu", "--bits", 10,
-                   "--no-antialias", "--size", 96)[0] == 0  # said anew, the options come first
+                   "--no-antialias", "--size", 96)[0] == 0  # options override the checkpoint
     assert shown[-1].shape == (2, 3, 96, 96) and shown[-1].unique().tolist() == [0, 1]
 
 
@@ -796,10 +796,10 @@ def test_without_textures_noise_stands_in_and_it_is_said(data, command, fed):
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_the_toy_product_takes_its_own_settings(method, command, fed, monkeypatch):
-    """Drawn into data/toy; what is given on the command line comes before the toy's settings."""
+    """The toy is drawn into data/toy. The command line overrides its settings."""
     drawn = []
     monkeypatch.setattr(common, "make_toy", lambda folder: drawn.append(folder) or draw_data(folder))
-    Path("dtd").mkdir()  # not for the toy
+    Path("dtd").mkdir()  # the toy ignores textures
     small = {"draem": dict(size=32, width=4, steps=3), "dfm": train.TOY["dfm"],
              "dsr": dict(size=64, hiddens=8, codes=32, width=4, lr=1e-3, pretrain_steps=2, pretrain_batch=64, steps=1,
                          upsampling_steps=1)}[method]
@@ -815,14 +815,14 @@ def test_the_toy_product_takes_its_own_settings(method, command, fed, monkeypatc
         assert len(fed) == 3 and fed[0][1][1] is None
         command("draem", "--device", "cpu", "--steps", 2, "--out", "given")
         assert len(fed) == 5
-    if method == "dsr":  # stage 1: the training images, and four of each with anomalies, lest codes know only those
+    if method == "dsr":  # stage 1 takes the training images, and four of each with anomalies
         images = torch.cat([given[0] for _, given in fed[:2]])
         kinds = images.flatten(1).unique(dim=0)
         normal = torch.stack([common.read_image(path, 64) for path in sorted(Path("data/toy/train/good").iterdir())])
         plain = [any(torch.equal(kind, image.flatten() / 255) for image in normal) for kind in kinds]
         assert plain.count(True) == 4 and 12 <= plain.count(False) <= 16  # a mask may be empty
         same = (kinds[:, None] - normal.flatten(1)[None] / 255).abs() < 0.003
-        assert (same.float().mean(2).amax(1) > 0.4).all()  # nearly all is as in one of them
+        assert (same.float().mean(2).amax(1) > 0.4).all()  # each is one of them, changed in part
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,7 +836,7 @@ def test_a_codebook_is_made_once_and_found_again(data, command):
     assert status == 0 and set(made) == {"last.pt", "log.jsonl", "reconstructions.png"}
     used = [float(number) for number in re.search(r"codes in even use, of 32: lo (\d+), hi (\d+)", out).groups()]
     assert all(1 <= number <= 32 for number in used)
-    with Image.open("runs/dsr/codebook-train/reconstructions.png") as page:  # four of image and general, twice as large
+    with Image.open("runs/dsr/codebook-train/reconstructions.png") as page:  # four strips, twice as large
         assert page.height == 28 + 4 * (128 + 8)
     shutil.move("runs/dsr/weave", "first")
     status, out, _ = command(*argv)
@@ -859,11 +859,11 @@ def test_stage_1_is_one_processs_work(data, command, mistake, monkeypatch):
 
 
 def test_images_that_memory_does_not_hold_train_the_same_codebook(data, command, monkeypatch):
-    """Read again in every step, also after a resume in the middle."""
+    """The images are read again in every step, also after a resume in the middle."""
     argv = [*DSR, "--data", data, "--pretrain", data / "train", "--save-minutes", 0]
     assert command(*argv, "--out", "resident")[0] == 0
     monkeypatch.setattr(train, "RESIDENT", 4 * 3 * 64 * 64 - 1)
-    monkeypatch.setattr(train, "resident", None)  # not called for them
+    monkeypatch.setattr(train, "resident", None)  # must not be called
 
     def act(count, *_):
         if count == 3:
@@ -871,7 +871,7 @@ def test_images_that_memory_does_not_hold_train_the_same_codebook(data, command,
     with monkeypatch.context() as patch, pytest.raises(Killed):
         before_each_step(patch, act)
         command(*argv, "--out", "streamed")
-    with pytest.raises(TypeError):  # stage 2, which does call it
+    with pytest.raises(TypeError):  # stage 2 does call it
         command(*argv, "--out", "streamed", "--resume")
     same_run("streamed/dsr/codebook-train", "resident/dsr/codebook-train")
 
@@ -919,7 +919,7 @@ def test_a_checkpoint_is_evaluated_where_there_is_a_test_set_alone(trained, data
 
 
 def test_predict_takes_files_folders_patterns_and_names_what_it_cannot_read(trained, data, command, monkeypatch):
-    """Pictures keep the subfolders below a folder that was given; what has the same name gets another."""
+    """Pictures keep the subfolders below a given folder. A second picture of one name gets a + at its end."""
     whole = (data / "test/hole/000.png").read_bytes()
     for name in ("photos/a.png", "photos/more [1]/a.png", "photos/more [1]/b.png", "other/a.png", "home/c.png",
                  "x1.png", "x2.png", "[1].png"):
@@ -952,7 +952,7 @@ def test_predict_takes_files_folders_patterns_and_names_what_it_cannot_read(trai
 
 
 def test_what_cannot_be_evaluated_is_said_and_left_out(data, command, monkeypatch):
-    """Unreadable images, twins of one stem, masks that are empty or missing: status 2, the metrics of the rest."""
+    """Unreadable images and empty or missing masks are left out; the status is 2. Images may share a stem."""
     shutil.copytree(data, "odd")
     Path("odd/test/good/bad.png").write_bytes(b"x")
     with Image.open("odd/test/good/000.png") as image:
@@ -972,7 +972,7 @@ def test_what_cannot_be_evaluated_is_said_and_left_out(data, command, monkeypatc
     assert {name for name in files_in("runs/dfm/odd") if name.startswith("maps/")} == {
         "maps/good/000.jpg.png", *(f"maps/{name}" for name in shown if name.endswith("png"))}
     assert len(list(Path("runs/dfm/anomaly_maps/odd/test").rglob("*.tiff"))) == 7
-    with Image.open("runs/dfm/odd/maps/hole/001.png") as strip:  # image, map: DFM draws nothing, there is no truth
+    with Image.open("runs/dfm/odd/maps/hole/001.png") as strip:  # image and map: no reconstruction, no truth
         assert strip.size == (2 * 64 + 4, 64)
     (scores, labels), (maps, regions) = given
     assert len(scores) == 7 and labels.sum() == 4
@@ -1007,7 +1007,7 @@ def test_a_bad_category_does_not_stop_the_others(command):
 
 
 def test_a_process_of_its_own(data):
-    """As a launcher starts it: rank 1 of 2, with names that its console lacks."""
+    """Rank 1 of 2, as a launcher starts it. The console cannot encode the file names."""
     for name in ("a", "\u00e9"):
         draw_data(f"parent/{name}")
     Path("parent/\u00e9/test/good/\u00fc.png").write_text("no image")
@@ -1032,10 +1032,10 @@ def test_progress_on_a_terminal_is_one_line_that_changes(capsys, monkeypatch):
 
 @pytest.mark.parametrize("argv", [DRAEM, DSR, [*DSR, "--codebook", "BOOK"], DFM], ids=["draem", "dsr", "book", "dfm"])
 def test_bench(argv, data, command, monkeypatch):
-    """Medians over the calls after three to warm up, by a clock on which call n takes (n modulo 7)^2 milliseconds.
+    """Medians leave out three warm-up calls. By this clock call n takes (n modulo 7)^2 milliseconds.
 
-    Steps are the calls 1 to 6, of which 4, 5, 6 take 16, 25, 36 ms; predictions 7 to 12, of which 10, 11, 12 take 9,
-    16, 25 ms."""
+    Calls 1 to 6 are steps; 4, 5 and 6 take 16, 25 and 36 ms. Calls 7 to 12 are predictions; 10, 11 and 12 take 9, 16
+    and 25 ms."""
     argv = [arg.replace("BOOK", "book.pt") for arg in argv]
     if "book.pt" in argv:
         latent = dsr.DiscreteLatentModel(8, residual_hiddens=4, codes=32, code_length=8)
@@ -1054,7 +1054,7 @@ def test_bench(argv, data, command, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
-MISTAKES = {  # arguments after DATA and LAST are put in: what the line must say
+MISTAKES = {  # arguments: pattern of the line; words in capitals are replaced
     "": "required",
     "yolo": "invalid choice: 'yolo'",
     "DRAEM --fast": "--fast",
@@ -1159,7 +1159,7 @@ def test_a_full_disk_at_a_line_of_the_log(data, mistake, monkeypatch):
 
 
 def test_memory_that_is_not_there(data, mistake, monkeypatch):
-    """The message names the images where they are what does not fit."""
+    """If the images do not fit, the message names them."""
     def full(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
     with monkeypatch.context() as patch:
