@@ -37,7 +37,7 @@ PUBLISHED = {
     "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
     "share": 0.97,           # of the variance that PCA keeps (anomalib)
-    "score": "fre",          # feature reconstruction error (2012.04250); "nll" is the likelihood (1909.11786)
+    "score": "fre",          # feature reconstruction error (2012.04250); "nll" is the negative log-likelihood (1909.11786)
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -221,13 +221,13 @@ def equalize(x: Tensor, u: Tensor) -> Tensor:
     return torch.where(step[..., None] > 0, table.gather(2, level).view_as(x), x)
 
 
-def turn(x: Tensor, u: Tensor) -> Tensor:
+def rotate_texture(x: Tensor, u: Tensor) -> Tensor:
     """Rotate by up to +-45 degrees."""
     return rotate(x, 90 * u[:, 0] - 45)
 
 
 AUGMENTATIONS = (gamma, brightness, sharpness, hue_saturation, solarize, posterize, invert, autocontrast, equalize,
-                 turn)
+                 rotate_texture)
 
 
 def augment_textures(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -646,13 +646,13 @@ def anomalib_reading(content: dict, path: str | Path) -> dict:
     return {"size": sides.pop(), "antialias": antialias}
 
 
-FIRST, SECOND = "reconstructive_subnetwork.", "discriminative_subnetwork."
+RECONSTRUCTIVE, DISCRIMINATIVE = "reconstructive_subnetwork.", "discriminative_subnetwork."
 BGR = (2, 1, 0)  # reverses three channels
 # Tensors with colour channels: (key, dimension, order) that converts weights trained on BGR to RGB.
-AUTHORS_CHANNELS = ((FIRST + "encoder.block1.0.weight", 1, BGR),
-                    (FIRST + "decoder.fin_out.0.weight", 0, BGR),
-                    (FIRST + "decoder.fin_out.0.bias", 0, BGR),
-                    (SECOND + "encoder_segment.block1.0.weight", 1, (*BGR, 5, 4, 3)))
+AUTHORS_CHANNELS = ((RECONSTRUCTIVE + "encoder.block1.0.weight", 1, BGR),
+                    (RECONSTRUCTIVE + "decoder.fin_out.0.weight", 0, BGR),
+                    (RECONSTRUCTIVE + "decoder.fin_out.0.bias", 0, BGR),
+                    (DISCRIMINATIVE + "encoder_segment.block1.0.weight", 1, (*BGR, 5, 4, 3)))
 # anomalib's names in SSPCAB -> ristea/sspcab's names. The second and third convolutions are swapped.
 ANOMALIB_SSPCAB = {"masked_conv1.": "conv1.", "masked_conv2.": "conv3.", "masked_conv3.": "conv2.",
                    "masked_conv4.": "conv4.", "attention_module.": "se."}
@@ -672,25 +672,25 @@ def load(path: str | Path) -> DraemModel:
         state, settings, reading = own_parts(content, "draem", path)
     elif "state_dict" in content:
         state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()
-                 if key.startswith(("model." + FIRST, "model." + SECOND))}
+                 if key.startswith(("model." + RECONSTRUCTIVE, "model." + DISCRIMINATIVE))}
         if any(".masked_conv" in key for key in state):
             print(f"{path}: trained with anomalib's SSPCAB, which lacks a ReLU: the maps will not be the same",
                   file=sys.stderr)
             for old, new in ANOMALIB_SSPCAB.items():
                 state = {key.replace("block5." + old, "block5." + new): value for key, value in state.items()}
-        reorder(state, [(SECOND + "encoder_segment.block1.0.weight", 1, (3, 4, 5, 0, 1, 2))])
+        reorder(state, [(DISCRIMINATIVE + "encoder_segment.block1.0.weight", 1, (3, 4, 5, 0, 1, 2))])
         reading = anomalib_reading(content, path)
     elif "encoder.block1.0.weight" in content:
         beside = path.with_name(path.stem + "_seg" + path.suffix)
-        state = {FIRST + key: value for key, value in content.items()}
-        state |= {SECOND + key: value for key, value in read_weights(beside).items()}
+        state = {RECONSTRUCTIVE + key: value for key, value in content.items()}
+        state |= {DISCRIMINATIVE + key: value for key, value in read_weights(beside).items()}
         reorder(state, AUTHORS_CHANNELS)
     else:
         raise ValueError(f"{path}: neither this project's checkpoint, nor the authors' first file "
                          f"(RUN_CLASS_.pckl), nor anomalib's; it begins with {', '.join(map(str, list(content)[:3]))}")
-    first_conv = state.get(FIRST + "encoder.block1.0.weight")
+    first_conv = state.get(RECONSTRUCTIVE + "encoder.block1.0.weight")
     if not settings and isinstance(first_conv, Tensor):  # a released file: settings from its keys and shapes
-        settings = {"width": len(first_conv), "sspcab": FIRST + "encoder.block5.conv1.weight" in state}
+        settings = {"width": len(first_conv), "sspcab": RECONSTRUCTIVE + "encoder.block5.conv1.weight" in state}
     model = build(DraemModel, settings, state, path)
     model.reading = reading
     return model.eval()

@@ -375,11 +375,11 @@ class ResidualStack(nn.Module):
         return F.relu(x)
 
 
-def halve(inputs: int, outputs: int) -> nn.Conv2d:
+def strided_conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
 
 
-def double(inputs: int, outputs: int) -> nn.ConvTranspose2d:
+def transposed_conv(inputs: int, outputs: int) -> nn.ConvTranspose2d:
     return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
 
 
@@ -388,8 +388,8 @@ class EncoderHi(nn.Module):
 
     def __init__(self, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
-        self.conv_1 = halve(3, hiddens // 2)
-        self.conv_2 = halve(hiddens // 2, hiddens)
+        self.conv_1 = strided_conv(3, hiddens // 2)
+        self.conv_2 = strided_conv(hiddens // 2, hiddens)
         self.conv_3 = nn.Conv2d(hiddens, hiddens, 3, padding=1)
         self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
 
@@ -402,7 +402,7 @@ class EncoderLo(nn.Module):
 
     def __init__(self, hiddens: int, residual_layers: int, residual_hiddens: int):
         super().__init__()
-        self.conv_1 = halve(hiddens, hiddens)
+        self.conv_1 = strided_conv(hiddens, hiddens)
         self.conv_2 = nn.Conv2d(hiddens, hiddens, 3, padding=1)
         self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
 
@@ -417,8 +417,8 @@ class GeneralDecoder(nn.Module):
         super().__init__()
         self.conv_1 = nn.Conv2d(in_channels, hiddens, 3, padding=1)
         self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
-        self.conv_trans_1 = double(hiddens, hiddens // 2)
-        self.conv_trans_2 = double(hiddens // 2, 3)
+        self.conv_trans_1 = transposed_conv(hiddens, hiddens // 2)
+        self.conv_trans_2 = transposed_conv(hiddens // 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_trans_2(F.relu(self.conv_trans_1(self.residual_stack(self.conv_1(x)))))
@@ -441,7 +441,7 @@ class DiscreteLatentModel(nn.Module):
         self.codebook_lo = VectorQuantizer(codes, code_length)
         self.codebook_hi = VectorQuantizer(codes, code_length)
         self.general_decoder = GeneralDecoder(2 * code_length, *sizes)
-        self.upsample_lo = double(code_length, code_length)
+        self.upsample_lo = transposed_conv(code_length, code_length)
 
     def encode_lo(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """encoder_hi's output (N, hiddens, H / 4, W / 4), and F_lo (N, D, H / 8, W / 8)."""
@@ -604,12 +604,12 @@ class ImageReconstructionNetwork(nn.Module):
         self.block1 = normed_convs(in_channels, in_channels, 2 * in_channels)
         self.block2 = normed_convs(2 * in_channels, 2 * in_channels, 4 * in_channels)
         self.pre_vq_conv = nn.Conv2d(4 * in_channels, 64, 1)
-        self.upblock1 = double(64, 64)
-        self.upblock2 = double(64, 64)
+        self.upblock1 = transposed_conv(64, 64)
+        self.upblock2 = transposed_conv(64, 64)
         self.conv_1 = nn.Conv2d(64, hiddens, 3, padding=1)
         self.residual_stack = ResidualStack(hiddens, residual_layers, residual_hiddens)
-        self.conv_trans_1 = double(hiddens, hiddens // 2)
-        self.conv_trans_2 = double(hiddens // 2, 3)
+        self.conv_trans_1 = transposed_conv(hiddens, hiddens // 2)
+        self.conv_trans_2 = transposed_conv(hiddens // 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.block2(F.max_pool2d(self.block1(x), 2)), 2)

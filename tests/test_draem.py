@@ -1,6 +1,6 @@
-"""Tests of draem.py. Oracles: the paper's numbers, written out here; the authors' networks, losses, noise and SSPCAB in
-recorded figures (golden.py); slow versions in float64 that go from pixel to pixel; Pillow and colorsys; closed forms;
-chi-square for what is drawn; an anomalib-like network, whose files are made here; a fresh interpreter."""
+"""Tests of draem.py. Oracles: the paper's numbers, as literals; recorded figures of the authors' networks, losses,
+noise and SSPCAB (golden.py); slow versions in float64 that loop over pixels; Pillow and colorsys; closed forms;
+chi-square tests of random draws; sub-networks wired as anomalib's, for its files; a fresh interpreter."""
 import colorsys
 import math
 import os
@@ -34,7 +34,7 @@ def seeded(seed: int = 0, device: str = "cpu") -> torch.Generator:
 
 
 def filled(sspcab: bool = False, **knobs) -> DraemModel:
-    """A small model in eval mode, filled by the golden rule, keys those of each sub-network alone."""
+    """A small model in eval mode. The golden rule fills each sub-network by its own keys."""
     model = DraemModel(8, sspcab, **knobs)
     fill(model.reconstructive_subnetwork)
     fill(model.discriminative_subnetwork)
@@ -42,7 +42,7 @@ def filled(sspcab: bool = False, **knobs) -> DraemModel:
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
-    """Random levels 0..255: a bell around 110 with something at both ends."""
+    """Random levels 0..255: normal around 110, with both ends clipped."""
     levels = np.random.RandomState(seed).normal(110, 50, shape)
     return levels.clip(0, 255).round().astype(np.uint8)
 
@@ -53,7 +53,7 @@ def tensor(*pictures) -> torch.Tensor:
 
 
 def uniform_chi_square(values, low: float, high: float, bins: int = 6) -> float:
-    """Of values that shall be uniform in [low, high]; at 6 bins, 20.5 is exceeded once in a thousand."""
+    """Chi-square of values against the uniform distribution on [low, high]; with 6 bins, 0.1 % exceed 20.5."""
     counts, _ = np.histogram(values, bins, (low, high))
     assert counts.sum() == len(values)
     return ((counts - len(values) / bins) ** 2 / (len(values) / bins)).sum()
@@ -64,7 +64,7 @@ def uniform_chi_square(values, low: float, high: float, bins: int = 6) -> float:
 
 
 def test_published_is_the_papers_recipe():
-    """Sections 3.3 and 4 of the paper; batch, shares, threshold, lambda and window are the authors' code's."""
+    """Sections 3.3 and 4 of the paper; batch, shares, threshold, ssim_lambda and window are the authors' code's."""
     assert [700 * share for share in PUBLISHED["drops"]] == pytest.approx([400, 600])
     assert {key: value for key, value in PUBLISHED.items() if key != "drops"} == {
         "size": 256, "batch": 8, "epochs": 700, "lr": 1e-4, "drop_factor": 0.1, "width": 128, "rotation": 45,
@@ -127,7 +127,7 @@ def test_sspcab_gives_the_authors_figures():
         0., 0.46516045921278515, 0., -0.6637903140842863, 0., -0.7522552400867191, 0., 0.7285333929491475],
      0.06298828125)])
 def test_noise_gives_the_authors_figures(cells, mean, std, values, share):
-    angles = torch.zeros(2, 33, 33)  # theirs are in the corner of a larger lattice, second in its batch
+    angles = torch.zeros(2, 33, 33)  # theirs fill the corner of a larger lattice, second in the batch
     theirs = 2 * np.pi * np.random.RandomState(5).rand(cells[0] + 1, cells[1] + 1)
     angles[1, :cells[0] + 1, :cells[1] + 1] = torch.from_numpy(theirs)
     y, x = torch.meshgrid(*(torch.arange(64) * (c / 64) for c in cells), indexing="ij")
@@ -141,7 +141,7 @@ def test_noise_gives_the_authors_figures(cells, mean, std, values, share):
 
 
 def slow_noise(y: float, x: float, angles: np.ndarray) -> float:
-    """The noise at one place, in float64 from its definition: four corners, each with its weight."""
+    """The noise at one place by its definition, in float64: a weighted sum over four corners."""
     total = 0.0
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):
@@ -154,11 +154,11 @@ def slow_noise(y: float, x: float, angles: np.ndarray) -> float:
 
 @pytest.mark.parametrize("height, width", [(37, 51), (64, 32), (1, 7)])
 def test_noise_of_any_size_equals_the_definition(height, width):
-    """Each pixel's place turned about the centre, the noise there from its definition, nothing outside."""
+    """Each pixel's place is turned about the centre. The noise there follows the definition; outside it is 0."""
     noise = perlin_noise(5, height, width, seeded(3))
     assert noise.shape == (5, height, width)
     generator = seeded(3)
-    cells = 2.0 ** torch.randint(0, 6, (2, 5, 1, 1), generator=generator)  # 1, 2 ... 32 a side
+    cells = 2.0 ** torch.randint(0, 6, (2, 5, 1, 1), generator=generator)  # 1, 2, ... 32 cells a side
     angles = 2 * math.pi * torch.rand(5, 33, 33, generator=generator)
     turn = math.pi * torch.rand(5, generator=generator) - math.pi / 2  # up to 90 degrees
     for n in range(5):
@@ -175,8 +175,8 @@ def test_noise_of_any_size_equals_the_definition(height, width):
 
 
 def test_masks_of_many_draws_cover_as_much_as_the_authors():
-    """2,000 of the authors' at 256 x 256: 4.83 % of the pixels, 5.4 % empty (anomalib's: 5.8 %, none empty)."""
-    generator, error = seeded(0), math.sqrt(1 / 1600 + 1 / 2000)  # a lattice spans the image: any size will do
+    """2,000 masks of the authors' code at 256 x 256 have a mean area of 4.83 %; 5.4 % of them are empty."""
+    generator, error = seeded(0), math.sqrt(1 / 1600 + 1 / 2000)  # a lattice spans the image, so any size will do
     areas = torch.cat([perlin_mask(20, 128, 128, generator, 0, 0.5).flatten(1).mean(1) for _ in range(80)])
     assert areas.std() < 0.04 and areas.mean().item() == pytest.approx(0.0483, abs=3 * areas.std().item() * error)
     assert (areas == 0).float().mean().item() == pytest.approx(0.054, abs=3 * math.sqrt(0.054 * 0.946) * error)
@@ -231,7 +231,7 @@ def test_solarize_and_posterize_are_pillows():
 
 
 def odd_pictures() -> list[np.ndarray]:
-    """Histograms that trip equalization and stretching: few levels, one level, gaps, one heavy level."""
+    """Pictures with difficult histograms: few levels, one level, gaps, one dominant level."""
     rng = np.random.RandomState(7)
     heavy = np.where(rng.rand(40, 40, 3) < 0.9, 200, rng.randint(0, 256, (40, 40, 3)))
     return [pixels(0, 40, 40, 3), heavy.astype(np.uint8), np.full((40, 40, 3), 77, np.uint8),
@@ -262,10 +262,10 @@ def test_rotate_is_pillows_clockwise():
     for n, angle in enumerate(degrees.tolist()):
         expected = tensor(Image.fromarray(smooth).rotate(-angle, Image.BILINEAR))[0]
         apart = (out[n] - expected).abs()
-        assert apart.mean() < 0.01 and (apart.amax(0) > 0.02).float().mean() < 0.06  # the rim is blended, not cut
+        assert apart.mean() < 0.01 and (apart.amax(0) > 0.02).float().mean() < 0.06  # Pillow cuts the rim, unblended
     square = tensor(pixels(3, 33, 33, 3))
     close(rotate(square, torch.tensor([90.0])), square.rot90(-1, (2, 3)), rtol=0, atol=1e-4)
-    turned = draem.turn(square.expand(2, -1, -1, -1), torch.tensor([[0.0], [0.75]]))
+    turned = draem.rotate_texture(square.expand(2, -1, -1, -1), torch.tensor([[0.0], [0.75]]))
     close(turned, rotate(square.expand(2, -1, -1, -1), torch.tensor([-45.0, 22.5])))
 
 
@@ -280,7 +280,7 @@ def test_augmentations_stay_in_range_and_leave_their_arguments_alone():
 
 
 class OnGPU(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU."""
+    """A CPU tensor that claims to be on a GPU."""
     is_cuda = True
 
 
@@ -294,13 +294,13 @@ def test_apply_where_changes_the_chosen_alone_on_a_cpu_and_on_a_gpu(chosen):
 
     expected = torch.stack([x[n] * u[n, 0] + 1 if chosen[n] else x[n] for n in range(4)])
     assert torch.equal(apply_where(chosen, function, x, u), expected)
-    assert seen == [chosen.sum().item()] * bool(chosen.any())  # no work for the others
+    assert seen == [chosen.sum().item()] * bool(chosen.any())  # on a CPU the others cost no work
     assert torch.equal(apply_where(chosen, function, x.as_subclass(OnGPU), u).as_subclass(torch.Tensor), expected)
     assert seen[-1] == 4 and torch.equal(x, image(0, 4, 3, 5, 5))
 
 
 def test_a_texture_gets_three_different_augmentations_of_all_ten_evenly(monkeypatch):
-    """Stand-ins for the ten record which samples they get and what is drawn, and add 10,000 times their number."""
+    """Stand-ins for the ten record their samples and draws, and add 10,000 times their own number."""
     count, drawn = 4000, [[] for _ in range(4000)]
 
     def recorder(k):
@@ -319,10 +319,10 @@ def test_a_texture_gets_three_different_augmentations_of_all_ten_evenly(monkeypa
     assert drawn.shape == (count, 3, 4) and all(len(set(row)) == 3 for row in numbers.tolist())
     assert np.array_equal(out[:, 2, 0, 0].numpy(), np.arange(count) + 10000 * numbers.sum(1))
     for counts in (np.bincount(column, minlength=10) for column in numbers.T):  # first, second and third
-        assert ((counts - 400) ** 2 / 400).sum() < 27.9  # 9 degrees of freedom: 0.1 % above
+        assert ((counts - 400) ** 2 / 400).sum() < 27.9  # 9 degrees of freedom: 0.1 % exceed 27.9
     u = drawn[:, :, 1:].reshape(count, 9)
     assert max(uniform_chi_square(column, 0, 1) for column in u.T) < 26
-    assert np.abs(np.corrcoef(u.T) - np.eye(9)).max() < 0.08  # none is drawn once for two uses
+    assert np.abs(np.corrcoef(u.T) - np.eye(9)).max() < 0.08  # no draw is used twice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_a_texture_gets_three_different_augmentations_of_all_ten_evenly(monkeypa
 
 
 def slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
-    """1 - SSIM of (C, H, W), each pixel's 11 x 11 window summed by itself; beyond the border is 0."""
+    """1 - mean SSIM of (C, H, W). Each pixel's 11 x 11 window is summed alone, with 0 beyond the border."""
     offset = np.arange(-5, 6)
     weight = np.exp(-(offset[:, None] ** 2 + offset ** 2) / (2 * 1.5 ** 2))
     weight /= weight.sum()
@@ -345,7 +345,7 @@ def slow_ssim(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.mark.parametrize("height, width", [(20, 27), (4, 9)])
 def test_ssim_equals_the_loop(height, width):
     x, y = image(0, 2, 3, height, width), image(1, 2, 3, height, width)
-    y[1] = 0.9 * x[1] - 0.7  # below -0.5, which must not change the range
+    y[1] = 0.9 * x[1] - 0.7  # values below -0.5 must not change the range
     expected = np.mean([slow_ssim(a.numpy(), b.numpy()) for a, b in zip(x, y)])
     assert ssim_loss(x, y).item() == pytest.approx(expected, abs=2e-6)
     assert ssim_loss(x, x).item() == pytest.approx(0, abs=1e-6)
@@ -354,7 +354,7 @@ def test_ssim_equals_the_loop(height, width):
 
 
 def slow_focal(difference: float, truth: float) -> float:
-    """-(1 - p)^2 log p, the two labels smoothed by 1e-5: p = (1 - 1e-5) q + 1e-5 (1 - q) + 1e-5, q the true class's."""
+    """-(1 - p)^2 log p with p = (1 - 1e-5) q + 1e-5 (1 - q) + 1e-5 and q the true class's probability."""
     q = 1 / (1 + math.exp(-difference if truth else difference))
     p = (1 - 1e-5) * q + 1e-5 * (1 - q) + 1e-5
     return -(1 - p) ** 2 * math.log(p)
@@ -367,7 +367,7 @@ def test_focal_loss_in_closed_form():
             value = focal_loss(logits, torch.full((2, 1, 5, 7), truth)).item()
             assert value == pytest.approx(slow_focal(difference, truth), rel=1e-4, abs=1e-9)
     wrong = torch.tensor([-40.0, 40.0]).view(1, 2, 1, 1).expand(1, 2, 8, 8).clone().requires_grad_()
-    loss = focal_loss(wrong, torch.zeros(1, 1, 8, 8))  # all of a normal image marked: dear, 0 in anomalib
+    loss = focal_loss(wrong, torch.zeros(1, 1, 8, 8))  # a normal image, all marked; anomalib's loss is 0
     assert loss.item() == pytest.approx(-(1 - 2e-5) ** 2 * math.log(2e-5), rel=1e-5)
     loss.backward()
     assert wrong.grad.isfinite().all()
@@ -433,7 +433,7 @@ def test_losses_equal_a_slow_version_step_by_step(sspcab, monkeypatch):
 
 
 def fed(seed: int, x: torch.Tensor, texture: torch.Tensor | None, **knobs) -> torch.Tensor:
-    """What `losses` feeds a model of these knobs; no network is run."""
+    """The augmented images that `losses` gives a model of these knobs. No network runs."""
     model, seen = DraemModel(2, **knobs), []
     model.forward = lambda augmented: seen.append(augmented) or (augmented, augmented[:, :2])
     model.losses(x, texture, seeded(seed))
@@ -441,11 +441,11 @@ def fed(seed: int, x: torch.Tensor, texture: torch.Tensor | None, **knobs) -> to
 
 
 def test_a_marked_texture_is_found_under_the_mask_and_nowhere_else(monkeypatch):
-    """beta is the texture's share, and not the image's: its range's lower end leaves 0.1 of the texture."""
+    """beta is the texture's share, not the image's, so at least 0.1 of the texture shows."""
     monkeypatch.setattr(draem, "augment_textures", lambda texture, generator: texture)
     black, white = torch.zeros(1000, 3, 16, 16), torch.ones(1000, 3, 16, 16)
     generator = seeded(1)
-    torch.rand(2, 1000, generator=generator)  # the turns
+    torch.rand(2, 1000, generator=generator)  # rotate_normals' draws
     anomalous = torch.rand(1000, generator=generator) >= 0.5
     noise = perlin_noise(1000, 16, 16, generator) > 0.5
     expected = noise & anomalous.view(-1, 1, 1)
@@ -453,7 +453,7 @@ def test_a_marked_texture_is_found_under_the_mask_and_nowhere_else(monkeypatch):
     assert torch.equal(augmented > 0, expected[:, None].expand(-1, 3, -1, -1))
     assert anomalous.float().mean().item() == pytest.approx(0.5, abs=3 * 0.5 / math.sqrt(1000))
     marked = expected.flatten(1).any(1)
-    beta = augmented.amax((1, 2, 3))[marked]  # of white over black, the value is beta itself
+    beta = augmented.amax((1, 2, 3))[marked]  # white over black has the value beta
     close(augmented[marked], expected[marked][:, None] * beta.view(-1, 1, 1, 1).expand(-1, 3, -1, -1))
     assert uniform_chi_square(beta.numpy(), 0.1, 1.0) < 20.5
     for share in (0.3, 1.0, 0.0):
@@ -467,18 +467,18 @@ def test_without_textures_noise_between_two_colours_is_blended_in():
     leaf, generator = image(0, 8, 3, 64, 64).requires_grad_(), seeded(3)
     augmented, mask = synthesize_anomalies(leaf, None, seeded(3), normal_share=0)
     assert not augmented.requires_grad and augmented.min() >= 0 and augmented.max() <= 1
-    torch.rand(8, generator=generator)  # which are anomalous: all
+    torch.rand(8, generator=generator)  # decides which are anomalous: here all
     assert torch.equal(mask[:, 0] == 1, perlin_noise(8, 64, 64, generator) > 0.5)
     share = (perlin_noise(8, 64, 64, generator)[:, None] + 1) / 2
     one, other = torch.rand(2, 8, 3, 1, 1, generator=generator)
     texture = augment_textures(((1 - share) * one + share * other).clamp(0, 1), generator)
     beta = 0.1 + 0.9 * torch.rand(8, 1, 1, 1, generator=generator)
     apart = (augmented - (leaf + mask * beta * (texture - leaf))).abs()
-    assert (apart > 1e-5).float().mean() < 1e-3  # rounding can move a pixel over a level of an augmentation
+    assert (apart > 1e-5).float().mean() < 1e-3  # rounding can move a pixel to another level
 
 
 def test_30_percent_of_the_normal_images_are_turned_by_up_to_45_degrees():
-    """A ramp's slope turns with it. beta = 0 blends nothing in, so that what is fed is the turned image."""
+    """The slope of a ramp shows its angle. With beta = 0 the model gets the turned image itself."""
     count = 1500
     ramp = torch.linspace(0, 1, 16).expand(count, 3, 16, 16)
 
@@ -498,7 +498,7 @@ def test_30_percent_of_the_normal_images_are_turned_by_up_to_45_degrees():
 
 
 def test_initial_weights():
-    """weights_init: convolutions N(0, 0.02), batch norms N(1, 0.02) and 0; biases of convolutions stay PyTorch's."""
+    """As in the code: convolutions N(0, 0.02), batch norms N(1, 0.02) with bias 0. Convolution biases are PyTorch's."""
     torch.manual_seed(0)
     for module in DraemModel(16, True).modules():
         if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 2000:
@@ -552,7 +552,7 @@ def test_the_five_lines_of_the_docstring_train_in_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("height, width, window", [(256, 256, 21), (256, 288, 21), (128, 128, 11), (96, 64, 5),
                                                    (32, 32, 3)])
 def test_the_scores_window_is_21_at_256_and_in_proportion(height, width, window):
-    """A hot pixel's mean is 1 / window^2, in a corner too: outside is 0. Two count together up to window - 1 apart."""
+    """A single 1 has the mean 1 / window^2, in a corner too: outside is 0. Two add up if at most window - 1 apart."""
     maps = torch.zeros(5, height, width)
     maps[0, 16, 16] = maps[1, 0, 0] = maps[2, -1, -1] = 1
     maps[3, 0, 5] = maps[3, window - 1, 5] = maps[4, 5, 0] = maps[4, 5, window] = 1
@@ -570,7 +570,7 @@ def test_predict_refuses_what_is_no_image(change, words):
     x = image(0, 2, 3, 64, 96)
     with pytest.raises(ValueError, match=f"^image: .*{words}"):
         filled().predict(change(x))
-    assert filled().predict(x * 1.0005 - 2e-4)["score"].isfinite().all()  # rounding is no fault
+    assert filled().predict(x * 1.0005 - 2e-4)["score"].isfinite().all()  # rounding is accepted
 
 
 def test_predict_needs_eval_mode_and_gives_float32_without_gradients():
@@ -582,7 +582,7 @@ def test_predict_needs_eval_mode_and_gives_float32_without_gradients():
     assert result["score"].dtype == result["anomaly_map"].dtype == torch.float32
     assert not any(value.requires_grad for value in result.values())
     close(result["anomaly_map"], model.predict(x)["anomaly_map"], rtol=0, atol=0.02)
-    close(model.predict(x.double()), model.predict(x), rtol=0, atol=0)  # of any precision
+    close(model.predict(x.double()), model.predict(x), rtol=0, atol=0)  # float64 too
 
 
 class Predict(torch.nn.Module):
@@ -616,7 +616,7 @@ def own(model: DraemModel, /, **changes) -> dict:
 
 
 def authors(folder: Path, model: DraemModel) -> Path:
-    """A pair of files as the authors release them; their networks see BGR."""
+    """Saves a pair of files as the authors release them; their networks see BGR. Returns the first path."""
     torch.save(model.discriminative_subnetwork.state_dict(), folder / "DRAEM_0.0001_bottle__seg.pckl")
     torch.save(model.reconstructive_subnetwork.state_dict(), folder / "DRAEM_0.0001_bottle_.pckl")
     return folder / "DRAEM_0.0001_bottle_.pckl"
@@ -647,7 +647,7 @@ def test_the_authors_pair_gives_on_rgb_what_it_gave_on_bgr(tmp_path, monkeypatch
     assert not loaded.training and loaded.reading == {"size": 256, "antialias": False}
     (reconstruction, logits), (rgb, same) = model(bgr), loaded(bgr.flip(1))
     close((rgb.flip(1), same), (reconstruction, logits), rtol=0, atol=1e-5)
-    assert (loaded(bgr)[1] - logits).abs().max() > 1e-3  # the order matters to these weights
+    assert (loaded(bgr)[1] - logits).abs().max() > 1e-3  # these weights depend on the order
 
 
 def test_anomalibs_second_network_saw_the_image_first(tmp_path, capsys):
@@ -666,7 +666,7 @@ def test_anomalibs_sspcab_looks_its_four_ways_and_is_announced(tmp_path, capsys)
     for k in range(4):
         state[f"{head}masked_conv{k + 1}.weight"] = torch.diag((torch.arange(64) // 16 == k).float())[..., None, None]
         state[f"{head}masked_conv{k + 1}.bias"] = torch.zeros(64)
-    for name, rows, columns in (("fc1", 8, 64), ("fc2", 64, 8)):  # of zeros: each channel's weight is sigmoid(0) = 1/2
+    for name, rows, columns in (("fc1", 8, 64), ("fc2", 64, 8)):  # zeros: each channel's weight is sigmoid(0) = 1/2
         state[f"{head}attention_module.{name}.weight"] = torch.zeros(rows, columns)
         state[f"{head}attention_module.{name}.bias"] = torch.zeros(rows)
     torch.save(content | {"state_dict": state}, tmp_path / "model.ckpt")
@@ -693,7 +693,7 @@ def test_anomalibs_images_are_read_as_its_resize_says(steps, size, tmp_path):
 
 
 def pretended(patch, module: str, name: str, base: type = object) -> type:
-    """A class of that name in a module that can be imported until `patch` is undone."""
+    """A class of that name in a stand-in module, importable until `patch` is undone."""
     parts = module.split(".")
     for k in range(len(parts)):
         patch.setitem(sys.modules, ".".join(parts[:k + 1]), ModuleType(parts[k]))
@@ -703,7 +703,7 @@ def pretended(patch, module: str, name: str, base: type = object) -> type:
 
 
 class Call:
-    """A pickle of it calls a function."""
+    """Unpickling it calls a function."""
 
     def __init__(self, function, *arguments):
         self.called = function, arguments
@@ -713,7 +713,7 @@ class Call:
 
 
 def test_a_file_that_names_torchvisions_transforms_is_read_without_torchvision(tmp_path, monkeypatch):
-    """anomalib 1.x pickled its transform: modules that hold one another, and what a call makes."""
+    """anomalib 1.x pickled its transform: nested modules, and an enum made by a call."""
     model, x = filled(), image(0, 1, 3, 32, 32)
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")  # saved on a GPU
@@ -721,14 +721,14 @@ def test_a_file_that_names_torchvisions_transforms_is_read_without_torchvision(t
         compose.resize = pretended(patch, "torchvision.transforms.v2._geometry", "Resize", torch.nn.Module)()
         compose.mode = Call(pretended(patch, "torchvision.transforms.functional", "InterpolationMode"), "bilinear")
         torch.save(anomalibs(model, transform=compose), tmp_path / "model.ckpt")
-    monkeypatch.setitem(sys.modules, "torchvision", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # importing it fails
     before = torch.serialization.get_safe_globals()
     close(load(tmp_path / "model.ckpt").predict(x)["reconstruction"], model.predict(x)["reconstruction"])
     assert set(torch.serialization.get_safe_globals()) == set(before)
 
 
 def refusal(path: Path) -> str:
-    """What load says of a file, which is one line that names it."""
+    """The one-line message of load's ValueError, which begins with the file's folder."""
     with pytest.raises(ValueError) as error:
         load(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(str(path.parent))
