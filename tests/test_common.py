@@ -5,7 +5,6 @@ product, drawings without noise or defect."""
 import io
 import math
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest resets common's own filter

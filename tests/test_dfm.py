@@ -4,8 +4,6 @@ DFM in loops on the ResNet that the figures check."""
 import hashlib
 import math
 import os
-import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dfm  # noqa: E402
 from dfm import PCA, DFMModel, ResNet, SingleClassGaussian, load, load_resnet  # noqa: E402
 from golden import check, fill, image  # noqa: E402

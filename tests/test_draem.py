@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import draem  # noqa: E402
 from draem import (AUGMENTATIONS, PUBLISHED, SSPCAB, DiscriminativeSubNetwork, DraemModel, apply_where,  # noqa: E402
                    augment_textures, draem_loss, focal_loss, gradient_noise, load, mean_filter_maximum, perlin_mask,

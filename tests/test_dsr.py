@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dsr  # noqa: E402
 from dsr import (DiscreteLatentModel, DsrModel, VectorQuantizer, load, load_codebook, perlin_mask,  # noqa: E402
                  rank_codes, sample_codebook_anomalies, synthesize_smudges)
