@@ -234,7 +234,8 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
         train/good/000.png   test/good/000.png   test/DEFECT/000.png   ground_truth/DEFECT/000_mask.png
 
     else its subfolders of this layout, by name; else its images as one training set. Letter case does not matter. ok
-    and normal mean good. train/ itself may hold images. Without `training`, test/ is enough. ValueError, one line.
+    and normal mean good, masks means ground_truth. train/ itself may hold images. Without `training`, test/ is enough.
+    ValueError, one line.
     """
     def category(folder: Path) -> Category | None:
         train, test = child(folder, "train"), child(folder, "test")
@@ -242,7 +243,7 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
             return None
         return Category(os.path.basename(os.path.abspath(folder)),  # a link's own name, not its target's
                         normal_images(child(train, *NORMAL) or train) if training else [],
-                        test_images(test, child(folder, "ground_truth")) if test else [])
+                        test_images(test, child(folder, "ground_truth", "groundtruth", "masks")) if test else [])
 
     folder = Path(folder)
     if not folder.is_dir():

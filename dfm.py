@@ -37,7 +37,7 @@ PUBLISHED = {
     "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
     "share": 0.97,           # of the variance that PCA keeps (anomalib)
-    "score": "fre",          # feature reconstruction error (2012.04250); "nll" is the negative log-likelihood (1909.11786)
+    "score": "fre",          # feature reconstruction error (2012.04250); "nll": negative log-likelihood (1909.11786)
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
             state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:  # no network, no such page, a wrong hash, a damaged file in the cache
             raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file "
-                             "(--weights FILE), random weights (--weights random), or a network") from None
+                             "(--weights FILE), internet, or, for a trial alone, --weights random") from None
     else:
         content = read_weights(path)
         state = {key.removeprefix("module.").removeprefix("backbone."): value
@@ -489,12 +489,16 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
     own = model.trim().state_dict()
     later = {*LAYERS, "fc"} - {*model.layers}
     state = {key: value for key, value in state.items() if key.split(".")[0] not in later}
-    counters = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | state
+    wrong = [key for key, value in own.items() if getattr(state.get(key), "shape", None) != value.shape]
+    if wrong:
+        raise ValueError(f"{path}: not weights of {model.name}: {wrong[0]} is missing or has another shape; give the "
+                         "network that the file is of (--backbone), or another file (--weights)")
 
     def resnet() -> ResNet:  # build's errors show this name
         return model
 
-    return build(resnet, {}, counters | state, path)
+    return build(resnet, {}, state, path)
 
 
 def anomalib_parts(content: dict, path: str | Path) -> tuple[dict, dict]:

@@ -168,7 +168,7 @@ def parse(argv: list[str] | None, **defaults) -> argparse.Namespace:
             add("--codes", type=number(int, 21, 2 ** 14), default=published["codes"], help="in each codebook")
             add("--width", type=wide, default=published["width"], help="of the detection and upsampling modules")
         if method == "dfm":
-            add("--backbone", choices=tuple(dfm.RESNETS), default=published["backbone"])
+            add("--backbone", choices=tuple(dfm.RESNETS), default=published["backbone"], help="pretrained network")
             add("--layer", choices=dfm.LAYERS, default=published["layer"], help="whose features are taken")
             add("--pooling", type=batch, default=published["pooling"], help="side of the average pooling")
             add("--variance", type=variance, default=published["share"],
@@ -308,7 +308,7 @@ class Run:
         for name, value in self.settings.items():
             if value != then.get(name):
                 raise UserError(f"--resume: {self.last} was trained with {name.replace('_', '-')} {then.get(name)}, "
-                                f"now {value} is asked for; give the old value, or another root with --out DIR")
+                                f"now it is {value}; go back to that, or begin anew with --out DIR")
 
     def evaluated(self) -> dict:
         """What the evaluation of a finished run left in metrics.json, its last file; {} before that."""
@@ -893,6 +893,8 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
     """Trains or, given a model, evaluates every category of --data that is this process's; prints a table."""
     if args.toy:
         common.make_toy("data/toy")
+        if args.method == "dfm" and args.weights == "random":
+            print("the toy product needs no download: random weights (or --weights FILE)")
     with mendable():
         categories = common.find_categories("data/toy" if args.toy else args.data, training=model is None)
     folder = args.out / args.method
@@ -948,7 +950,6 @@ def main(argv: list[str] | None = None) -> int:
         args.toy, model = toy, None
         if toy and args.method == "dfm" and args.weights is None:
             args.weights = "random"
-            print("the toy product needs no download: random weights (or --weights FILE)")
         if args.checkpoint:
             with mendable():
                 more = (args.codebook,) if args.method == "dsr" else ()

@@ -455,7 +455,7 @@ def test_a_plain_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("train, test, truth, good", [
     ("train/good", "test", "ground_truth", "good"), ("Train/Good", "Test", "Ground_Truth", "Good"),
     ("TRAIN/OK", "TEST", "GROUND_TRUTH", "OK"), ("train/normal", "test", "ground_truth", "Normal"),
-    ("train", "test", "ground_truth", "ok")])
+    ("train", "test", "groundtruth", "ok"), ("train", "test", "Masks", "good")])
 def test_mvtec_layout_in_any_case(train, test, truth, good, tmp_path, capsys):
     cap = lay_out(tmp_path / "cap", f"{train}/000.png", f"{train}/001.png", f"{test}/{good}/000.png",
                   f"{test}/{good}/001.png", f"{test}/cut/000.png", f"{test}/cut/001.png", f"{test}/A dent/000.png",

@@ -380,7 +380,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, state = tmp_path / "weights.pth", layer1_state()
     for content, words in (
-            ({k: v for k, v in state.items() if not k.startswith("layer1.1")}, "layer1.1.conv1.weight"),
+            ({k: v for k, v in state.items() if not k.startswith("layer1.1")},
+             r"not weights of resnet18: layer1.1.conv1.weight .*\(--backbone\)"),
             (state | {"classifier.weight": torch.zeros(1)}, "classifier.weight"),
             (state | {"layer1.0.conv2.weight": torch.zeros(64, 64, 1, 1)}, "layer1.0.conv2.weight"),
             (state | {"bn1.weight": torch.full((64,), math.nan)}, "NaN"), ([1, 2], "found list"),
@@ -411,7 +412,7 @@ def test_download_is_cached_and_its_hash_checked(tmp_path, monkeypatch):
     assert (tmp_path / "home/hub/checkpoints" / path.name).exists()
     for wrong in (saved(layer1_state(), "00000000"), saved(Code()), tmp_path / "missing-00000000.pth"):
         monkeypatch.setitem(dfm.URLS, "resnet18", wrong.as_uri())
-        with pytest.raises(ValueError, match="download failed.*--weights FILE.*--weights random.*network") as error:
+        with pytest.raises(ValueError, match="download failed.*--weights FILE.*internet.*--weights random") as error:
             DFMModel("resnet18", "layer1")
         assert wrong.name in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()

@@ -472,10 +472,10 @@ def test_resume_refuses_another_setting(trained, data, mistake):
                               ("--beta", [0.1, 1.0], 0.2, 1.0), ("--bits", 16, 12), ("--antialias", False),
                               ("--sspcab", False), ("--precision", "fp32", "bf16")):
         line = mistake(*argv, "--data", data, option, *new)
-        assert f"trained with {option[2:]} {old}, now {list(new) if new[1:] else new[0] if new else True} is" in line
+        assert f"trained with {option[2:]} {old}, now it is {list(new) if new[1:] else new[0] if new else True}" in line
     more = draw_data("more/weave", train=5)
-    assert "trained with images 4, now 5" in mistake(*argv, "--data", more)
-    assert "trained with textures 0, now 4" in mistake(*argv, "--data", data, "--textures", data / "train")
+    assert "trained with images 4, now it is 5" in mistake(*argv, "--data", more)
+    assert "trained with textures 0, now it is 4" in mistake(*argv, "--data", data, "--textures", data / "train")
     assert files_in(trained.parents[1]) == before
 
 
