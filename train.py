@@ -936,36 +936,43 @@ def run_all(args: argparse.Namespace, model: nn.Module | None) -> int:
     return 2 if failures else 0
 
 
+def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, nn.Module | None]:
+    """All settings, and the model of --checkpoint, whose reading replaces the published values."""
+    args = parse(argv)
+    toy = args.data is None and args.checkpoint is None
+    if toy:
+        args = parse(argv, **TOY[args.method])
+        if getattr(args, "epochs", None) not in (None, draem.PUBLISHED["epochs"]):
+            args.steps = None
+        if args.method == "dfm" and args.weights is None:
+            args.weights = "random"
+    args.toy, model = toy, None
+    if args.checkpoint:
+        with mendable():
+            more = (args.codebook,) if args.method == "dsr" else ()
+            model = METHODS[args.method].load(args.checkpoint, *more)
+    trained = model.reading.get("size") if args.method == "dfm" and model is not None else None
+    if trained and args.size not in (None, trained):
+        raise UserError(f"--size {args.size}: {args.checkpoint} was fitted to images of {trained} x {trained}")
+    for name, default in (("size", METHODS[args.method].PUBLISHED["size"]), ("antialias", False), ("bits", 16)):
+        if getattr(args, name) is None:
+            setattr(args, name, default if model is None else model.reading.get(name, default))
+    check(args)
+    settle_hardware(args)
+    if model is not None:
+        print(f"{args.checkpoint}: {args.method}, images read at {args.size} x {args.size}"
+              f"{', antialiased' if args.antialias else ''}", file=sys.stderr)
+        model = to_device(model, args)
+    return args, model
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that the console's encoding lacks are escaped
     try:
-        args = parse(argv)
-        toy = args.data is None and args.checkpoint is None
-        if toy:
-            args = parse(argv, **TOY[args.method])
-            if getattr(args, "epochs", None) not in (None, draem.PUBLISHED["epochs"]):
-                args.steps = None
-        args.toy, model = toy, None
-        if toy and args.method == "dfm" and args.weights is None:
-            args.weights = "random"
-        if args.checkpoint:
-            with mendable():
-                more = (args.codebook,) if args.method == "dsr" else ()
-                model = METHODS[args.method].load(args.checkpoint, *more)
-        trained = model.reading.get("size") if args.method == "dfm" and model is not None else None
-        if trained and args.size not in (None, trained):
-            raise UserError(f"--size {args.size}: {args.checkpoint} was fitted to images of {trained} x {trained}")
-        for name, default in (("size", METHODS[args.method].PUBLISHED["size"]), ("antialias", False), ("bits", 16)):
-            if getattr(args, name) is None:
-                setattr(args, name, default if model is None else model.reading.get(name, default))
-        check(args)
-        settle_hardware(args)
-        if model is not None:
-            print(f"{args.checkpoint}: {args.method}, images read at {args.size} x {args.size}"
-                  f"{', antialiased' if args.antialias else ''}", file=sys.stderr)
-            model = to_device(model, args)
+        args, model = prepare(argv)
         return predict(model, args) if args.predict else run_all(args, model)
     except Stopped as stopped:
         number, text = stopped.args
@@ -978,7 +985,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print("train.py:", " ".join(str(error).splitlines()), file=sys.stderr)
     except OSError as error:  # a full disk, a forbidden folder
-        print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+        print(f"train.py: {error.filename or 'a file below --out'}: {error.strerror or error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
