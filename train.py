@@ -716,17 +716,14 @@ def predictions(model: nn.Module, items: list[TestImage], args: argparse.Namespa
             yield item, image, mask, remark, None if image is None else next(predicted)
 
 
-def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict, begun: float, args: argparse.Namespace
-             ) -> tuple[dict, bool]:
-    """The metrics of the test set, with the last weights, and whether every file could be read.
+def score_images(model: nn.Module, category: Category, folder: Path, args: argparse.Namespace) -> tuple[list, ...]:
+    """Predicts the test set and draws maps/ and summary.png.
 
-    Writes metrics.json, scores.csv and pictures. Pixel metrics count normal images and those whose mask is not empty.
+    Returns (path, label, score) of each image, (remark, item) of each odd mask, and the maps and masks (size, size) of
+    all normal images and of the defective ones whose mask is not empty.
     """
-    if not category.test:
-        print(f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies it")
-    top = color_top(model.eval())
-    rows, remarks, shown = [], [], []  # (path, label, score); (remark, item); what the summary shows
-    maps, regions, region_count = [], [], 0
+    top = color_top(model)
+    rows, remarks, maps, masks, shown = [], [], [], [], []
     jobs = deque()
     with ThreadPoolExecutor(common.THREADS) as pool:
         for item, image, mask, remark, parts in predictions(model, category.test, args):
@@ -740,19 +737,17 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
                 continue
             if item.defect == "good":
                 mask = torch.zeros(args.size, args.size, dtype=torch.bool)
-            if mask is not None:
-                region = common.connected_regions(mask)
-                maps.append(parts["anomaly_map"])
-                regions.append(torch.where(region > 0, region + region_count, 0))
-                region_count += int(region.max())
             picture, headings = draw_strip(image, parts, mask, top)
             name = picture_name(item.name)
             jobs.append(pool.submit(save_picture, folder / "maps" / name, picture))
             if args.save_maps:
                 tiff = folder.parent / "anomaly_maps" / category.name / "test" / name.with_suffix(".tiff")
                 jobs.append(pool.submit(save_map, tiff, item.path, parts["anomaly_map"]))
-            if mask is not None and [defect for defect, *_ in shown].count(item.defect) < 2 and len(shown) < 16:
-                shown.append((item.defect, f"{item.defect}\n{rows[-1][2]:.3f}", picture, headings))
+            if mask is not None:
+                maps.append(parts["anomaly_map"])
+                masks.append(mask)
+                if [defect for defect, *_ in shown].count(item.defect) < 2 and len(shown) < 16:
+                    shown.append((item.defect, f"{item.defect}\n{rows[-1][2]:.3f}", picture, headings))
             while len(jobs) > 4 * common.THREADS:  # few pictures wait
                 jobs.popleft().result()
         for job in jobs:
@@ -760,6 +755,23 @@ def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict,
     if shown:
         _, captions, pictures, headings = zip(*shown)
         save_picture(folder / "summary.png", sheet(pictures, captions, headings[0]))
+    return rows, remarks, maps, masks
+
+
+def evaluate(model: nn.Module, category: Category, folder: Path, settings: dict, begun: float, args: argparse.Namespace
+             ) -> tuple[dict, bool]:
+    """The metrics of the test set, with the last weights, and whether every file could be read.
+
+    Writes metrics.json, scores.csv and pictures.
+    """
+    if not category.test:
+        print(f"{category.name}: no test set, so nothing was evaluated; --checkpoint FILE --predict PATH applies it")
+    rows, remarks, maps, masks = score_images(model.eval(), category, folder, args)
+    regions, count = [], 0  # numbered over all images
+    for mask in masks:
+        region = common.connected_regions(mask)
+        regions.append(torch.where(region > 0, region + count, 0))
+        count += int(region.max())
     with mendable():
         image_metrics = common.ranking_metrics(np.array([score for *_, score in rows], np.float32),
                                                np.array([label for _, label, _ in rows], np.int64))
