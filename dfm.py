@@ -5,7 +5,7 @@ Papers
     Detection, 2019, arXiv 1909.11786: a density per class on reduced features; score: negative log-likelihood ("nll").
     Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
     Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre").
-    The authors released no code. Layer, pooling, share of variance and the map are anomalib's (2.7.0).
+    The authors released no code. The defaults and the map are anomalib's (2.7.0).
 
 Here
     principal_axes                          centred SVD in float64, shared by the two below

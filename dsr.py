@@ -85,7 +85,7 @@ PUBLISHED = {  # from the paper, where no other source is named
     # stage 3
     "upsampling_steps": 20_000,
     "upsampling_rotation_share": 0.3,  # the same in stage 3 (the code)
-    "beta": (0.1, 1.0),             # range of the colour's share in a smudge: as in DRAEM, whose blend the code uses
+    "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; DRAEM's and DSR's code: (0.2, 1]
     # score
     "window": 21,                   # side of the mean filter at 256 x 256 (the code)
 }
@@ -335,7 +335,7 @@ class VectorQuantizer(nn.Module):
         """Set dead codes to random features of this batch. In a new codebook all codes are dead.
 
         A code is dead if its moving average of features per step is below 0.1 * min(1, n / K), with n features in the
-        batch and K codes. Neither the paper nor the code has this.
+        batch and K codes. This is not from the paper; the code has no stage 1.
         """
         drawn = rows[torch.randint(len(rows), self.ema_cluster_size.shape, generator=generator, device=rows.device)]
         least = 0.1 * min(1, len(rows) / len(drawn))
