@@ -670,14 +670,15 @@ class DsrModel(nn.Module):
 
         Stage 2 ranks the current codes of both codebooks, on their device.
         """
-        last, first = self.upsampling_module, self.discrete_latent_model
-        trained = {2: [module for module in self.children() if module not in (first, last)], 3: [last]}[stage]
+        latent, upsampling = self.discrete_latent_model, self.upsampling_module
+        trained = {2: [module for module in self.children() if module not in (latent, upsampling)],
+                   3: [upsampling]}[stage]
         self.stage = stage
         self.training = True  # so that predict asks for eval mode
         for module in self.children():
             module.train(module in trained).requires_grad_(module in trained)
-        self.ranked_lo = rank_codes(first.codebook_lo.embedding.weight) if stage == 2 else None
-        self.ranked_hi = rank_codes(first.codebook_hi.embedding.weight) if stage == 2 else None
+        self.ranked_lo = rank_codes(latent.codebook_lo.embedding.weight) if stage == 2 else None
+        self.ranked_hi = rank_codes(latent.codebook_hi.embedding.weight) if stage == 2 else None
         return [parameter for module in trained for parameter in module.parameters()]
 
     @torch.no_grad()
