@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 train.py draem --data mvtec       the categories shared out over GPUs or machines
     python train.py draem --checkpoint runs/draem/bottle/last.pt --predict part.png photos/
 
-A run leaves in runs/METHOD/CATEGORY: last.pt, log.jsonl, metrics.json, scores.csv, maps/ and summary.png.
+A run leaves in runs/METHOD/CATEGORY: last.pt, log.jsonl (not DFM), metrics.json, scores.csv, maps/ and summary.png.
 
 This file holds, in order: options, a run's folder, the training loop, what each method is fed, evaluation, prediction,
 the benchmark, and main. What the methods do is in their own files.
