@@ -958,7 +958,8 @@ def prepare(argv: list[str] | None) -> tuple[argparse.Namespace, nn.Module | Non
             args.steps = None
         if args.method == "dfm" and args.weights is None:
             args.weights = "random"
-    args.toy, model = toy, None
+    args.toy = toy
+    model = None
     if args.checkpoint:
         with mendable():
             more = (args.codebook,) if args.method == "dsr" else ()

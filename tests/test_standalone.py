@@ -1,8 +1,11 @@
-"""Tests that a model file can be copied alone. Oracles: the files' own syntax trees, and inspect.getsource."""
+"""Tests that a model file can be copied alone. Oracles: the files' own syntax trees, inspect.getsource, and a fresh
+interpreter in a folder that holds that file only."""
 import ast
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +42,14 @@ def test_imports(path):
 def test_requirements():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.match(r"\w+", line)[0] for line in lines} == {"torch", "numpy", "pillow", "pytest"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_file_works_alone(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import {name}; print(*{OWN!r} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.split() == [name], result.stderr
 
 
 @pytest.mark.parametrize("name", ["dsr", "dfm"])
