@@ -42,8 +42,8 @@ from torch import Tensor, nn
 PUBLISHED = {  # the paper's implementation details, where no other source is named
     "size": 256,              # side of the square images, in pixels (the code)
     "batch": 8,               # images per step (the code)
-    "epochs": 700,            # each of ceil(images / batch) full batches, drawn with replacement (the code; D11)
-    "lr": 1e-4,               # of Adam
+    "epochs": 700,            # each ceil(images / batch) steps, sampled with replacement (the code); all batches full (D11)
+    "lr": 1e-4,               # of Adam, the code's optimizer
     "drops": (4 / 7, 6 / 7),  # shares of the training after which lr drops: after 400 and 600 epochs
     "drop_factor": 0.1,       # of lr at each drop; the code has 0.2, after 0.8 and 0.9 (train_DRAEM.py:47; D2)
     "width": 128,             # channels of the reconstructive sub-network's first block; the other has half (the code)
@@ -434,7 +434,7 @@ def gamma(x: Tensor, u: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, u: Tensor) -> Tensor:
-    """Multiply RGB by 0.8 to 1.2 and add up to +-30/255. The code does so in a random colour space."""
+    """Multiply RGB by 0.8 to 1.2 and add up to +-30/255. The code changes the brightness of a random colour space."""
     factor = (0.8 + 0.4 * u[:, 0]).view(-1, 1, 1, 1)
     offset = ((2 * u[:, 1] - 1) * 30 / 255).view(-1, 1, 1, 1)
     return (x * factor + offset).clamp(0, 1)
@@ -582,9 +582,10 @@ def anomalib_preprocessing(content: dict, path: str | Path) -> dict:
 
 
 RECONSTRUCTIVE, DISCRIMINATIVE = "reconstructive_subnetwork.", "discriminative_subnetwork."
+FIRST_CONV = RECONSTRUCTIVE + "encoder.block1.0.weight"
 BGR = (2, 1, 0)  # reverses three channels
 # Tensors with colour channels: (key, dimension, order) that converts weights trained on BGR to RGB.
-AUTHORS_CHANNELS = ((RECONSTRUCTIVE + "encoder.block1.0.weight", 1, BGR),
+AUTHORS_CHANNELS = ((FIRST_CONV, 1, BGR),
                     (RECONSTRUCTIVE + "decoder.fin_out.0.weight", 0, BGR),
                     (RECONSTRUCTIVE + "decoder.fin_out.0.bias", 0, BGR),
                     (DISCRIMINATIVE + "encoder_segment.block1.0.weight", 1, (*BGR, 5, 4, 3)))
@@ -605,7 +606,7 @@ def load(path: str | Path) -> DraemModel:
     preprocessing = {"size": PUBLISHED["size"], "antialias": False}
     if "method" in content:
         state, settings, preprocessing = own_checkpoint(content, "draem", path)
-    elif "state_dict" in content:
+    elif "model." + FIRST_CONV in content.get("state_dict", {}):
         state = {key.removeprefix("model."): value for key, value in content["state_dict"].items()
                  if key.startswith(("model." + RECONSTRUCTIVE, "model." + DISCRIMINATIVE))}
         if any(".masked_conv" in key for key in state):
@@ -620,10 +621,9 @@ def load(path: str | Path) -> DraemModel:
         state |= {DISCRIMINATIVE + key: value for key, value in read_weights(beside).items()}
         state = reorder(state, AUTHORS_CHANNELS)
     else:
-        raise ValueError(f"{path}: neither a last.pt, nor the authors' RUN_CLASS_.pckl, nor anomalib's .ckpt")
+        raise ValueError(f"{path}: no last.pt, no RUN_CLASS_.pckl of the authors, no .ckpt of anomalib's Draem")
     if "method" not in content:  # a released file: settings from its keys and shapes
-        first_conv = state.get(RECONSTRUCTIVE + "encoder.block1.0.weight", ())
-        settings = {"width": len(first_conv), "sspcab": RECONSTRUCTIVE + "encoder.block5.conv1.weight" in state}
+        settings = {"width": len(state[FIRST_CONV]), "sspcab": RECONSTRUCTIVE + "encoder.block5.conv1.weight" in state}
     model = build(DraemModel, settings, state, path)
     model.preprocessing = preprocessing
     return model
