@@ -3,43 +3,41 @@
 Images are RGB, uint8, (3, size, size). Masks are bool, (size, size), True = anomalous. Both are resized to a square,
 whatever their aspect ratio. A fault that a user can mend raises ValueError: one line of what, where, and what to do.
 """
+import csv
 import math
 import os
 import re
 import sys
 import tempfile
-import warnings
-from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS is left out: Pillow opens it with Ghostscript
 NORMAL = ("good", "ok", "normal")  # folder names of normal images, in any letter case
 MASK_ENDING = re.compile(r"_(mask|gt|label|seg)$")  # endings of a mask's name, in lower case
-THREADS = min(16, os.cpu_count() or 1)  # for reading images and for writing pictures
-
-Image.MAX_IMAGE_PIXELS = 2 ** 29  # Pillow refuses images of more than twice this; line scans are large
-warnings.filterwarnings("ignore", module=r"PIL\.")  # on palettes, EXIF, size; faults raise ValueError here
+THREADS = min(16, os.cpu_count() or 1)  # for reading images
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
 
-
 def open_upright(source, any_mode: bool = False) -> Image.Image:
-    """The first frame of a path, PIL image or array, EXIF applied. 16-bit grey has mode I;16 or I;16B. ValueError."""
+    """A path, open file, PIL image or array as an image with EXIF's orientation applied. ValueError, one line.
+
+    16-bit grey has mode I;16 or I;16B. Files of several pictures are refused, but for a camera's MPO.
+    """
     is_path = isinstance(source, (str, os.PathLike))
     try:
-        if is_path and Path(source).exists() and not Path(source).is_file():  # opening a pipe would block
-            raise ValueError("it is a folder or a device, not a file")
-        image = Image.open(source, formats=FORMATS) if is_path else source
+        image = Image.open(source, formats=FORMATS) if is_path or hasattr(source, "read") else source
         if not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"it holds {image.n_frames} pictures; save each as a file of its own")
         upright = ImageOps.exif_transpose(image)
         if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16-bit PPM, and PNG in older Pillow
             upright = Image.fromarray(np.asarray(upright).astype(np.uint16))
@@ -54,93 +52,75 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tensor:
-    """An image of open_upright as RGB, uint8 (3, size, size). Alpha is dropped. 16-bit grey is white at 2^bits - 1."""
+    """RGB, uint8 (3, size, size). 16-bit grey is white at 2^bits - 1. Alpha, unless 0 everywhere, is put on black."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.float64) * 255 / (2 ** bits - 1)
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("La", "RGBa"):  # premultiplied by alpha
-        image = image.convert(image.mode.upper())
-    image = image.convert("RGB")
-    if antialias:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    else:
-        matrix = (image.width / size, 0, 0, 0, image.height / size, 0)  # output to input pixels, 0 at the corner
-        image = image.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getbbox():
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=antialias)
+    return pixels[0].round().clamp(0, 255).byte().contiguous()
 
 
-def read_image(source, size: int, antialias: bool = False, bits: int = 16) -> Tensor:
-    """A path, PIL image or array (H, W), (H, W, 3) as upright RGB, uint8 (3, size, size). ValueError, one line.
+def read_image(source, size: int, antialias: bool = True, bits: int = 16) -> Tensor:
+    """A path, open file, PIL image or RGB array (H, W[, 3]) as upright RGB, uint8 (3, size, size). ValueError.
 
-    The resize is bilinear from the four nearest pixels, as in the authors' code (OpenCV), or antialiased. `bits` is the
-    depth of a camera that fills only the lower bits of 16-bit grey files: 10, 12 or 14.
+    The resize is bilinear: antialiased, or from the four nearest pixels, as in the authors' code (OpenCV). `bits` is
+    the depth of a camera that fills only the lower bits of 16-bit grey files: 10, 12 or 14.
     """
     return to_tensor(open_upright(source), size, antialias, bits)
 
 
-def read_mask(path: Path, size: int, image_path: Path) -> tuple[Tensor | None, str]:
-    """An image's mask, bool (size, size), or None if no pixel is anomalous; and a remark if it is odd, else "".
+def read_mask(path: Path, size: int, image_size: tuple[int, int]) -> Tensor:
+    """A mask, bool (size, size): True where more than half of a pixel's area is anomalous. ValueError, one line.
 
-    A stored pixel is anomalous if it is not 0 (JPEG, WebP: above 127). An output pixel is True if more than half of its
-    area is. If EXIF turns the photo on its side, a mask of the photo's stored size is turned too. ValueError, one line.
+    A stored pixel is anomalous if it is not 0 (JPEG, WebP: above 127). image_size: upright width, height.
     """
     mask = open_upright(path, any_mode=True)
-    lossy = mask.format in ("JPEG", "WEBP")  # they ring at edges
-    with Image.open(image_path) as photo:
-        turn = photo.getexif().get(0x0112, 1)
-        on_its_side = turn in (5, 6, 7, 8)
-        shown = ImageOps.exif_transpose(photo).size if on_its_side else photo.size
-    if on_its_side and mask.size == shown[::-1] != shown:
-        mask.getexif()[0x0112] = turn
-        mask = ImageOps.exif_transpose(mask)
+    if abs(mask.width * image_size[1] / (mask.height * image_size[0]) - 1) > 0.02:
+        raise ValueError(f"{path}: {mask.size} pixels for an upright image of {image_size}; give both one aspect ratio")
     if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
         mask = mask.convert("RGB")
     values = np.asarray(mask).reshape(mask.height, mask.width, -1)
-    values = (values > 127 if lossy else values != 0).any(2)
+    values = (values > 127 if mask.format in ("JPEG", "WEBP") else values != 0).any(2)  # these two ring at edges
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
-    result = torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
-    if not result.any():
-        where = f"at {size} x {size}" if values.any() else "in its file"
-        return None, f"an empty mask, {where}, left out of the pixel metrics"
-    if abs(mask.width * shown[1] / (mask.height * shown[0]) - 1) > 0.02:
-        return result, "a mask of another aspect ratio than its image"
-    return result, "a mask that covers most of its image; 0 must be normal" if values.mean() > 0.5 else ""
+    return torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
 
 
 def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
     """Yields [read(item) for item in group] for each group. Threads read one group ahead of the caller."""
     with ThreadPoolExecutor(THREADS) as pool:
-        waiting = deque()
-        for group in groups:
-            waiting.append([pool.submit(read, item) for item in group])
-            if len(waiting) == 2:
-                yield [job.result() for job in waiting.popleft()]
-        while waiting:
-            yield [job.result() for job in waiting.popleft()]
+        jobs = ([pool.submit(read, item) for item in group] for group in groups)
+        ahead = next(jobs, None)
+        while ahead is not None:
+            ready, ahead = ahead, next(jobs, None)
+            yield [job.result() for job in ready]
 
 
-def training_batches(paths: list[Path], batch: int, size: int, antialias: bool = False, bits: int = 16) -> Iterator:
-    """Yields the training images once, in order, as uint8 (batch, 3, size, size). ValueError if one cannot be read.
+def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int = 16) -> Tensor:
+    """Training images, decoded once, by threads: uint8 (N, 3, size, size). ValueError that names all damaged ones."""
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
 
-    A line on stderr warns if the 16-bit images fill only their lower bits and so look dark.
-    """
-    def read(path: Path) -> tuple[Tensor, int]:
-        image = open_upright(path)
-        peak = int(np.asarray(image).max()) if image.mode.startswith("I;16") else -1
-        return to_tensor(image, size, antialias, bits), peak
+    def read(index: int) -> bool:
+        image = open_upright(paths[index])
+        images[index] = to_tensor(image, size, antialias, bits)
+        return image.mode.startswith("I;16")
 
-    peaks = []
-    for group in read_ahead(read, [paths[start:start + batch] for start in range(0, len(paths), batch)]):
-        peaks += [peak for _, peak in group if peak >= 0]
-        yield torch.stack([image for image, _ in group])
-    depth = next((depth for depth in (10, 12, 14) if max(peaks, default=2 ** 16) < 2 ** depth), 16)
-    if depth < bits == 16:
-        print(f"{paths[0].parent}: all {len(peaks)} 16-bit images stay below {2 ** depth} and look dark; if the camera "
-              f"has {depth} bits, give --bits {depth}", file=sys.stderr)
+    with ThreadPoolExecutor(THREADS) as pool:
+        jobs = [pool.submit(read, index) for index in range(len(paths))]
+    faults = [str(job.exception()) for job in jobs if job.exception()]
+    if faults:
+        raise ValueError("; ".join(faults))
+    if bits == 16 and all(job.result() for job in jobs) and images.max() < 64:
+        print(f"{paths[0].parent}: all images have 16 bits and stay below a quarter of white; a camera of 10, 12 or 14 "
+              "bits needs --bits", file=sys.stderr)
+    return images
 
 
 # --- Data sets --------------------------------------------------------------------------------------------------------
-
 
 def list_images(folder: Path | str) -> list[Path]:
     """The images in a folder and its subfolders, sorted, without dot-files. A file gives itself. ValueError for none.
@@ -163,10 +143,9 @@ def list_images(folder: Path | str) -> list[Path]:
     found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
-    others = Counter(path.suffix.lower() or path.name for path in set(files) - set(found))
+    others = sorted(path.name for path in set(files) - set(found))
     if others:
-        print(f"{folder}: passed over {sum(others.values())} files that are no images "
-              f"({', '.join(f'{count} {suffix}' for suffix, count in others.most_common(5))})", file=sys.stderr)
+        print(f"{folder}: passed over {len(others)} files that are no images, such as {others[0]}", file=sys.stderr)
     return found
 
 
@@ -194,11 +173,9 @@ def normal_images(folder: Path) -> list[Path]:
     """The images of one folder, all normal. ValueError where defects or masks could be among them."""
     images, names = list_images(folder), {}
     how = "keep the normal images alone in one folder, or use train/good, test/good and test/DEFECT (links will do)"
-    folders = sorted({str(path.parent.relative_to(folder)) for path in images})
-    if folders != ["."]:
-        raise ValueError(f"{folder}: holds images in {', '.join(folders[:4])}; defects or masks among them would be "
-                         f"learned as normal: {how}")
     for path in images:
+        if path.parent != folder:
+            raise ValueError(f"{path}: defects or masks in subfolders would be learned as normal: {how}")
         other = names.setdefault(MASK_ENDING.sub("", path.stem.lower()), path)
         if other != path:
             raise ValueError(f"{path}, {other.name}: an image and its mask? It would be learned as normal: {how}")
@@ -235,7 +212,6 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 
     else its subfolders of this layout, by name; else its images as one training set. Letter case does not matter. ok
     and normal mean good, masks means ground_truth. train/ itself may hold images. Without `training`, test/ is enough.
-    ValueError, one line.
     """
     def category(folder: Path) -> Category | None:
         train, test = child(folder, "train"), child(folder, "test")
@@ -248,9 +224,8 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a' if os.path.lexists(folder) else 'no such'} folder; check the path")
-    own = category(folder)
     below = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    found = [own] if own else [each for each in map(category, below) if each]
+    found = list(filter(None, [category(folder)])) or list(filter(None, map(category, below)))
     if not found and not training:
         raise ValueError(f"{folder}: holds no test/; evaluation needs test/good and test/DEFECT")
     return found or [Category(os.path.basename(os.path.abspath(folder)), normal_images(folder), [])]
@@ -258,23 +233,17 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
-
 def connected_regions(mask: Tensor) -> Tensor:
     """Labels 1, 2, ... of the 8-connected regions of a mask (H, W); 0 is outside. Pixel numbers spread by maxima."""
-    regions = torch.zeros(mask.shape, dtype=torch.int32)
-    if not mask.any():
-        return regions
-    rows, columns = np.nonzero(mask.numpy())
-    inside = mask.numpy()[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
-    number, spread = None, np.arange(1, inside.size + 1).reshape(inside.shape) * inside
-    while not np.array_equal(number, spread):
-        number, spread = spread, spread.copy()
-        for near, far in ((spread[1:], spread[:-1]), (spread[:, 1:], spread[:, :-1])):  # maxima over 3 x 3
-            largest = np.maximum(near, far)
-            near[:] = largest
-            np.maximum(far, largest, out=far)
-        spread *= inside
-    regions[mask] = torch.from_numpy(np.unique(number[inside], return_inverse=True)[1]).int() + 1
+    regions = torch.zeros(mask.shape, dtype=torch.int64)
+    if mask.any():
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        inside = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].double()[None]
+        number, spread = inside, torch.arange(1, inside.numel() + 1).view_as(inside) * inside
+        while not torch.equal(number, spread):
+            number, spread = spread, torch.nn.functional.max_pool2d(spread, 3, stride=1, padding=1) * inside
+            spread = torch.nn.functional.pad(spread.flatten(), (1, 0))[spread.long()]  # what that pixel has by now
+        regions[mask] = number[inside > 0].unique(return_inverse=True)[1] + 1
     return regions
 
 
@@ -314,20 +283,77 @@ def ranking_metrics(score: np.ndarray, region: np.ndarray, limit: float = 0.3) -
             "aupro": float(1 - ((missed[1:] + missed[:-1]) * np.diff(rate)).sum() / 2 / limit)}
 
 
+def image_metrics(scores: list[float], labels: list[int]) -> dict[str, float]:
+    """auroc, ap, f1 and threshold of image scores; labels: 0 = normal, 1 = defective. {} without both kinds."""
+    metrics = ranking_metrics(np.array(scores, np.float32), np.array(labels, np.int64))
+    return {name: value for name, value in metrics.items() if name != "aupro"}
+
+
+def pixel_metrics(maps: list[Tensor], masks: list[Tensor]) -> dict[str, float]:
+    """ranking_metrics over all pixels of maps and masks (H, W), at the network's size. {} without both kinds."""
+    regions, count = [], 0  # numbered over all images
+    for mask in masks:
+        region = connected_regions(mask)
+        regions.append(torch.where(region > 0, region + count, 0))
+        count += int(region.max())
+    return ranking_metrics(torch.stack(maps).flatten().numpy(), torch.stack(regions).flatten().numpy()) if maps else {}
+
+
+def write_csv(path: Path, mode: str, rows: list[tuple]) -> None:
+    with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows(rows)
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
-
 def panel(image: Tensor) -> np.ndarray:
-    """An image (3, H, W), map or mask (H, W) as uint8 (H, W, 3). Input: uint8 in 0..255, or float or bool in 0..1."""
+    """An image (3, H, W), map or mask ([1,] H, W), uint8 in 0..255, float or bool in 0..1, as uint8 (H, W, 3)."""
     if image.dtype != torch.uint8:
         image = (image.float().clamp(0, 1) * 255).round().byte()
     return image.expand(3, *image.shape[-2:]).permute(1, 2, 0).numpy()
 
 
-def overlay(image: np.ndarray, anomaly_map: Tensor) -> np.ndarray:
-    """The map (H, W) in [0, 1] over the image (H, W, 3): clear at 0, red at 1."""
-    weight = anomaly_map.clamp(0, 1).numpy()[..., None] ** 1.5
-    return (image * (1 - weight) + np.float32((255, 20, 0)) * weight).round().astype(np.uint8)
+def heat(image: np.ndarray, anomaly_map: Tensor) -> np.ndarray:
+    """The map (H, W) in [0, 1] over the image (H, W, 3) turned grey: clear at 0, then blue, cyan, yellow, red at 1."""
+    level = anomaly_map.clamp(0, 1).numpy()
+    channels = ((0, 0, 0, 255, 255), (0, 0, 255, 255, 0), (255, 255, 255, 0, 0))  # red, green, blue at the five levels
+    colour = np.stack([np.interp(level, (0, 1 / 3, 2 / 3, 5 / 6, 1), channel) for channel in channels], -1)
+    weight = 2 / 3 * level[..., None] ** 1.5
+    grey = image @ np.array((0.299, 0.587, 0.114))
+    return (grey[..., None] * (1 - weight) + colour * weight).round().astype(np.uint8)
+
+
+def panels(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None = None, top: float = 1.0
+           ) -> dict[str, np.ndarray]:
+    """What a picture shows of an image: panels by heading. The heat map's scale ends at top or the map's maximum."""
+    shown = {"image": panel(image)}
+    for name, part in parts.items():
+        if name not in ("score", "anomaly_map"):
+            shown[name.replace("_", " ")] = panel(part)
+    if "anomaly_map" in parts:
+        anomaly_map = parts["anomaly_map"]
+        shown["anomaly map"] = heat(shown["image"], anomaly_map / max(top, float(anomaly_map.max())))
+    return shown if mask is None else shown | {"truth": panel(mask)}
+
+
+def page(rows: list[tuple[str, dict[str, np.ndarray]]]) -> Image.Image:
+    """Rows of panels of one size, a caption (one or more lines) left of each, a heading above each column."""
+    height, width = next(iter(rows[0][1].values())).shape[:2]
+    scale = max(1, 160 // width)  # room for the headings
+    height, width, font = scale * height, scale * width, ImageFont.load_default(14)
+    left = 24 + max(int(font.getlength(line)) for caption, _ in rows for line in caption.split("\n"))
+    headings = max((row for _, row in rows), key=len)
+    picture = Image.new("RGB", (left + len(headings) * (width + 8), 28 + len(rows) * (height + 8)), "white")
+    draw = ImageDraw.Draw(picture)
+    for column, heading in enumerate(headings):
+        draw.text((left + column * (width + 8) + width // 2, 14), heading, "black", font, anchor="mm")
+    for number, (caption, row) in enumerate(rows):
+        top = 28 + number * (height + 8)
+        draw.multiline_text((left - 12, top + height // 2), caption, "black", font, anchor="rm", align="right")
+        for heading, pixels in row.items():
+            small = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+            picture.paste(small, (left + list(headings).index(heading) * (width + 8), top))
+    return picture
 
 
 # --- The toy product --------------------------------------------------------------------------------------------------
