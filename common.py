@@ -52,7 +52,7 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tensor:
-    """RGB, uint8 (3, size, size). 16-bit grey is white at 2^bits - 1. Alpha, unless 0 everywhere, is put on black."""
+    """RGB, uint8 (3, size, size). 16-bit grey is white at 2^bits - 1. Alpha is put on black, unless 0 everywhere."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.float64) * 255 / (2 ** bits - 1)
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
@@ -68,8 +68,7 @@ def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tens
 def read_image(source, size: int, antialias: bool = True, bits: int = 16) -> Tensor:
     """A path, open file, PIL image or RGB array (H, W[, 3]) as upright RGB, uint8 (3, size, size). ValueError.
 
-    The resize is bilinear: antialiased, or from the four nearest pixels, as in the authors' code (OpenCV). `bits` is
-    the depth of a camera that fills only the lower bits of 16-bit grey files: 10, 12 or 14.
+    Resized bilinearly: antialiased, or from four pixels as in the authors' code (OpenCV). bits: see to_tensor.
     """
     return to_tensor(open_upright(source), size, antialias, bits)
 
@@ -115,8 +114,7 @@ def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int 
     if faults:
         raise ValueError("; ".join(faults))
     if bits == 16 and all(job.result() for job in jobs) and images.max() < 64:
-        print(f"{paths[0].parent}: all images have 16 bits and stay below a quarter of white; a camera of 10, 12 or 14 "
-              "bits needs --bits", file=sys.stderr)
+        print(f"{paths[0].parent}: all 16-bit images are below a quarter of white; see --bits", file=sys.stderr)
     return images
 
 
@@ -210,8 +208,8 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 
         train/good/000.png   test/good/000.png   test/DEFECT/000.png   ground_truth/DEFECT/000_mask.png
 
-    else its subfolders of this layout, by name; else its images as one training set. Letter case does not matter. ok
-    and normal mean good, masks means ground_truth. train/ itself may hold images. Without `training`, test/ is enough.
+    else its subfolders of this layout; else its images as one training set. Letter case does not matter. ok and normal
+    mean good, masks means ground_truth. train/ itself may hold images. Without `training`, test/ is enough. ValueError.
     """
     def category(folder: Path) -> Category | None:
         train, test = child(folder, "train"), child(folder, "test")
@@ -395,8 +393,7 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
             truth.circle((x, y), rng.uniform(16, 30), 255)
         soft = mask.filter(ImageFilter.GaussianBlur(4)).point(lambda value: int(0.8 * value))
         picture.paste((84, 56, 30), mask=soft)
-    small = np.asarray(picture.resize((256, 256), Image.Resampling.BOX))
-    noisy = small + rng.normal(0, 2, small.shape) + rng.uniform(-5, 5)
+    noisy = picture.resize((256, 256), Image.Resampling.BOX) + rng.normal(0, 2, (256, 256, 3)) + rng.uniform(-5, 5)
     mask = mask.resize((256, 256), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), mask
 

@@ -342,10 +342,7 @@ def fit_dfm(images: Tensor, _, run: Run, args: argparse.Namespace) -> nn.Module:
 # --- Evaluation and prediction ----------------------------------------------------------------------------------------
 
 def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, args: argparse.Namespace):
-    """Yields (item, score, row of a picture, map or None, mask or None). What cannot be read is named and left out.
-
-    Pictures with a map go into `folder`: 0.png for 0.png, 0.jpg.png for 0.jpg, so that no two images share one.
-    """
+    """Yields (item, score, row of a picture, map or None, mask or None). What cannot be read is named and left out."""
     def read(item: common.TestImage) -> tuple | None:
         try:
             photo = common.open_upright(item.path)
@@ -366,7 +363,7 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
             mask = torch.zeros(image.shape[1:], dtype=torch.bool) if item.defect == "good" else mask
             panels = common.panels(image, part, mask, float(getattr(model, "map_top", 1)))
             row = f"{item.defect}\n{part['score']:.3f}\n{item.path.name}".strip(), panels
-            if "anomaly_map" in part:
+            if "anomaly_map" in part:  # its picture is 0.png for 0.png, 0.jpg.png for 0.jpg: no two images share one
                 path = (folder / item.name).with_name(item.name.name.removesuffix(".png") + ".png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 common.page([row]).save(path, compress_level=1)
