@@ -118,7 +118,7 @@ def hardware(args: argparse.Namespace) -> tuple[torch.device, str]:
     """--device and --precision as this machine has them. ValueError for a device that cannot be used."""
     try:
         device = torch.device(args.device)
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():
             local = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
@@ -414,13 +414,14 @@ def predict(model: nn.Module, folder: Path, args: argparse.Namespace) -> int:
     paths = [path for given in args.predict for path in common.list_images(given)]
     items = [common.TestImage(path, Path(*Path(os.path.abspath(path)).parts[1:]), "", None) for path in paths]
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
-    count = 0
+    scores, count = folder / "scores.csv", 0
     folder.mkdir(parents=True, exist_ok=True)
+    common.write_csv(scores, "a", [] if scores.exists() else [("path", "score", "decision", "checkpoint")])
     print(f"pictures and scores.csv: {folder}", file=sys.stderr)
     for item, score, *_ in predictions(model.eval(), items, folder, args):
         decision = "" if math.isnan(threshold) else "defective" if score >= threshold else "normal"
         print(f"{item.path} {score:.6f} {decision}".rstrip(), flush=True)
-        common.write_csv(folder / "scores.csv", "a", [(os.path.abspath(item.path), score, decision, args.checkpoint)])
+        common.write_csv(scores, "a", [(os.path.abspath(item.path), score, decision, args.checkpoint)])
         count += 1
     return 0 if count == len(items) else 2
 
@@ -447,7 +448,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in filter(None, args.predict or map(vars(args).get, ("data", "textures", "pretrain"))):
         here, there = target.resolve(), path.resolve()
         if here == there or here in there.parents or there in here.parents:
-            raise ValueError(f"{path}: one of it and {target}, where results go, is inside the other; choose --out DIR")
+            raise ValueError(f"{path} and {target}, where results go, lie one inside the other; choose another --out")
     if args.checkpoint:
         codebook = [args.codebook] if args.method == "dsr" else []
         model = to_device(METHODS[args.method].load(args.checkpoint, *codebook), args)
