@@ -33,9 +33,12 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
     """
     is_path = isinstance(source, (str, os.PathLike))
     try:
+        if is_path and os.path.exists(source) and not os.path.isfile(source):  # opening a pipe would block
+            raise ValueError("it is a folder or a device, not a file")
         image = Image.open(source, formats=FORMATS) if is_path or hasattr(source, "read") else source
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
+        image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError(f"it holds {image.n_frames} pictures; save each as a file of its own")
         upright = ImageOps.exif_transpose(image)
@@ -46,9 +49,9 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
         upright.format = image.format
         return upright
     except Exception as error:  # on damaged files Pillow raises SyntaxError, struct.error, MemoryError...
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        name = source if is_path else type(source).__name__
-        raise ValueError(f"{name}: cannot be read as an image: {reason}; replace or remove it") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        line = f"{source if is_path else type(source).__name__}: cannot be read as an image: {reason}"
+        raise ValueError(" ".join(line.splitlines()) + "; replace or remove it") from None
 
 
 def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tensor:
@@ -57,7 +60,7 @@ def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tens
         grey = np.asarray(image).astype(np.float64) * 255 / (2 ** bits - 1)
         image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image.convert(image.mode.upper()).convert("RGBA")  # Pillow has no way from La but through LA
         if image.getchannel("A").getbbox():
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
@@ -101,19 +104,21 @@ def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
 
 def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int = 16) -> Tensor:
     """Training images, decoded once, by threads: uint8 (N, 3, size, size). ValueError that names all damaged ones."""
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    images, peaks, faults = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], []
 
-    def read(index: int) -> bool:
-        image = open_upright(paths[index])
-        images[index] = to_tensor(image, size, antialias, bits)
-        return image.mode.startswith("I;16")
+    def read(index: int) -> None:
+        try:
+            image = open_upright(paths[index])
+            images[index] = to_tensor(image, size, antialias, bits)
+            peaks.append(int(images[index].max()) if image.mode.startswith("I;16") else -1)
+        except ValueError as error:
+            faults.append(str(error))  # the error itself would hold the file open
 
     with ThreadPoolExecutor(THREADS) as pool:
-        jobs = [pool.submit(read, index) for index in range(len(paths))]
-    faults = [str(job.exception()) for job in jobs if job.exception()]
+        list(pool.map(read, range(len(paths))))
     if faults:
-        raise ValueError("; ".join(faults))
-    if bits == 16 and all(job.result() for job in jobs) and images.max() < 64:
+        raise ValueError("; ".join(sorted(faults)))
+    if bits == 16 and 0 <= max(peaks, default=-1) < 64:
         print(f"{paths[0].parent}: all 16-bit images are below a quarter of white; see --bits", file=sys.stderr)
     return images
 
@@ -154,17 +159,15 @@ class TestImage(NamedTuple):
     mask: Path | None
 
 
-class Category(NamedTuple):
-    """One product: its normal training images and its test images."""
+class Category(NamedTuple):  # a product
     name: str
-    train: list[Path]
+    train: list[Path]  # all normal
     test: list[TestImage]
 
 
 def child(folder: Path, *names: str) -> Path | None:
     """The subfolder with one of these names, in any letter case, or None."""
-    found = [entry for entry in sorted(folder.iterdir()) if entry.name.lower() in names and entry.is_dir()]
-    return found[0] if found else None
+    return next((entry for entry in sorted(folder.iterdir()) if entry.name.lower() in names and entry.is_dir()), None)
 
 
 def normal_images(folder: Path) -> list[Path]:
@@ -321,8 +324,7 @@ def heat(image: np.ndarray, anomaly_map: Tensor) -> np.ndarray:
     return (grey[..., None] * (1 - weight) + colour * weight).round().astype(np.uint8)
 
 
-def panels(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None = None, top: float = 1.0
-           ) -> dict[str, np.ndarray]:
+def panels(image: Tensor, parts: dict[str, Tensor], mask: Tensor | None = None, top: float = 1.0) -> dict:
     """What a picture shows of an image: panels by heading. The heat map's scale ends at top or the map's maximum."""
     shown = {"image": panel(image)}
     for name, part in parts.items():
@@ -363,7 +365,7 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
     """A steel cap with six bolts and a brass hub on a belt, and its mask; 256 x 256, drawn at twice that size."""
     picture, mask = Image.new("RGB", (512, 512), (44, 46, 54)), Image.new("L", (512, 512))
     draw, truth = ImageDraw.Draw(picture), ImageDraw.Draw(mask)
-    (cx, cy), turn, lost = 256 + rng.uniform(-4, 4, 2), rng.uniform(-0.04, 0.04), int(rng.integers(6))
+    (cx, cy), angle, lost = 256 + rng.uniform(-4, 4, 2), rng.uniform(-0.04, 0.04), int(rng.integers(6))
     for start in range(int(rng.integers(24)) - 536, 512, 24):  # the belt's weave
         draw.line((start, 0, start + 512, 512), (52, 54, 62), 8)
     draw.circle((cx, cy), 196, (84, 86, 92))
@@ -371,17 +373,16 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
         grey = 118 + (188 - radius) * 3 // 8 + 6 * (radius // 2 % 2) - 28 * (94 <= radius <= 98)
         draw.circle((cx - (188 - radius) / 14, cy - (188 - radius) / 14), radius, (grey, grey + 2, grey + 6))
     for bolt in range(6):
-        x = cx + 140 * math.cos(turn + bolt * math.pi / 3)
-        y = cy + 140 * math.sin(turn + bolt * math.pi / 3)
+        x, y = cx + 140 * math.cos(angle + bolt * math.pi / 3), cy + 140 * math.sin(angle + bolt * math.pi / 3)
         draw.circle((x, y), 27, (72, 74, 80))
         if kind == "missing" and bolt == lost:
             draw.circle((x, y), 22, (18, 18, 20))
             truth.circle((x, y), 22, 255)
         else:
             draw.circle((x, y), 22, (206, 208, 214))
-            draw.regular_polygon((x, y, 11), 6, math.degrees(turn), (40, 41, 44))
+            draw.regular_polygon((x, y, 11), 6, math.degrees(angle), (40, 41, 44))
     draw.circle((cx, cy), 66, (190, 152, 82))
-    draw.regular_polygon((cx, cy, 32), 6, math.degrees(turn), (34, 30, 26))
+    draw.regular_polygon((cx, cy, 32), 6, math.degrees(angle), (34, 30, 26))
     if kind == "scratch":
         (x, y), radius, start = rng.normal((cx, cy), 20), rng.uniform(70, 130), rng.uniform(0, 360)
         box = (x - radius, y - radius, x + radius, y + radius)
@@ -391,8 +392,7 @@ def draw_toy(kind: str, rng: np.random.Generator) -> tuple[Image.Image, Image.Im
         way, reach = rng.uniform(0, 2 * math.pi), rng.uniform(60, 130)
         for x, y in rng.normal((cx + reach * math.cos(way), cy + reach * math.sin(way)), 16, (5, 2)):
             truth.circle((x, y), rng.uniform(16, 30), 255)
-        soft = mask.filter(ImageFilter.GaussianBlur(4)).point(lambda value: int(0.8 * value))
-        picture.paste((84, 56, 30), mask=soft)
+        picture.paste((84, 56, 30), mask=mask.filter(ImageFilter.GaussianBlur(4)).point(lambda value: int(0.8 * value)))
     noisy = picture.resize((256, 256), Image.Resampling.BOX) + rng.normal(0, 2, (256, 256, 3)) + rng.uniform(-5, 5)
     mask = mask.resize((256, 256), Image.Resampling.BOX).point(lambda value: 255 * (value > 127))
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), mask
