@@ -594,7 +594,7 @@ def latent_settings(state: dict, path: str | Path, prefix: str = "") -> dict:
         codes, code_length = state[prefix + "codebook_lo.embedding.weight"].shape
         residual_hiddens, hiddens = state[blocks[0]].shape[:2]
     except (AttributeError, IndexError, KeyError, ValueError):
-        raise ValueError(f"{path}: lacks the authors' discrete latent model ({CODEBOOK_FILE})") from None
+        raise ValueError(f"{path}: no discrete latent model; {CODEBOOK_FILE} and anomalib's Dsr have one") from None
     return dict(hiddens=hiddens, residual_layers=len(blocks), residual_hiddens=residual_hiddens, codes=codes,
                 code_length=code_length)
 
