@@ -101,7 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             args.checkpoint and (args.size or args.bits or args.antialias is not None),
         "--pretrain trains a codebook and --codebook gives one; choose": getattr(args, "pretrain", 0) and args.codebook,
         f"--size {size}: {least} or more is needed, in steps of 32": size % 32 or size < least}
-    refused |= {f"--{name.replace('_', '-')} {value}: 1 or more is needed": name != "seed" and value < 1
+    low = {"seed": -math.inf, "width": 2, "hiddens": 2}  # networks of half a width are among them
+    refused |= {f"--{name.replace('_', '-')} {value}: {low.get(name, 1)} or more is needed": value < low.get(name, 1)
                 for name, value in vars(args).items() if type(value) is int}
     for message in filter(refused.get, refused):
         commands.choices[args.method].error(message)
@@ -122,7 +123,7 @@ def hardware(args: argparse.Namespace) -> tuple[torch.device, str]:
             local = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
-        torch.ones(1, device=device).add_(1)  # fails on a GPU that is too old for this PyTorch
+        torch.ones(1, device=device).add_(1).item()  # fails on a GPU that is too old for this PyTorch
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; {torch.cuda.device_count()} GPUs for "
                          f"{WORLD} processes; --device cpu works anywhere") from None
@@ -150,7 +151,7 @@ class Run:
             if not resume:
                 raise ValueError(f"{folder}: holds a run; --resume goes on with it, --out DIR puts this one elsewhere")
             self.state = draem.read_weights(self.last).get("run", {})
-            if "steps" not in self.state:
+            if "settings" not in self.state:
                 raise ValueError(f"{self.last}: not a checkpoint to go on from; choose another root with --out DIR")
         self.settings, self.steps = self.state["settings"], self.state["steps"]
         for name, then in self.settings.items():
@@ -161,8 +162,8 @@ class Run:
     def save(self, model: nn.Module, method: str) -> None:
         torch.save({"method": method, "settings": model.settings, "preprocessing": model.preprocessing,
                     "model": model.state_dict(), "run": self.state}, self.folder / "last.tmp")
-        os.replace(self.folder / "last.tmp", self.last)  # a kill leaves the old checkpoint or the new one
         (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.state["log"]))
+        os.replace(self.folder / "last.tmp", self.last)  # a kill leaves the old checkpoint or the new one
 
     def metrics(self) -> dict:
         """What the evaluation of this very run, complete, left in metrics.json; else {}."""
@@ -172,7 +173,6 @@ class Run:
             return {}
         own = found.get("settings") == self.settings
         return found if own and self.steps and not found["unreadable"] else {}
-
 
 
 # --- The training loop ------------------------------------------------------------------------------------------------
