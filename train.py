@@ -443,7 +443,7 @@ def print_table(results: dict[str, dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status. ValueError or OSError, one line, for what a user can mend."""
     args = parse(argv)
-    root, model = args.out / args.method, None
+    root, model, settings = args.out / args.method, None, args.settings
     target = root / "predictions" if args.predict else args.out
     for path in filter(None, args.predict or map(vars(args).get, ("data", "textures", "pretrain"))):
         here, there = target.resolve(), path.resolve()
@@ -452,6 +452,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.checkpoint:
         codebook = [args.codebook] if args.method == "dsr" else []
         model = to_device(METHODS[args.method].load(args.checkpoint, *codebook), args)
+        settings = model.settings | model.preprocessing | {"precision": args.precision, "file": str(args.checkpoint)}
         print(f"{args.checkpoint}: {args.method}, reads images as {model.preprocessing}", file=sys.stderr)
     if args.predict:
         return predict(model, root / "predictions", args)
@@ -464,8 +465,8 @@ def main(argv: list[str] | None = None) -> int:
 
     results = {}
     for category in categories[RANK::WORLD]:
-        settings = args.settings | {"images": len(category.train), "checkpoint": str(args.checkpoint)}
-        run = Run(root / (category.name + "-checkpoint" * bool(model)), settings, args.resume)
+        counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}
+        run = Run(root / (category.name + "-checkpoint" * bool(model)), settings | counts, args.resume)
         results[category.name] = run.metrics()
         if results[category.name]:
             continue
