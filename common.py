@@ -84,9 +84,8 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int]) -> Tensor:
     mask = open_upright(path, any_mode=True)
     if abs(mask.width * image_size[1] / (mask.height * image_size[0]) - 1) > 0.02:
         raise ValueError(f"{path}: {mask.size} pixels for an upright image of {image_size}; give both one aspect ratio")
-    if mask.mode not in ("1", "L", "I", "F") and not mask.mode.startswith("I;16"):
-        mask = mask.convert("RGB")
-    values = np.asarray(mask).reshape(mask.height, mask.width, -1)
+    one_band = mask.mode in ("1", "L", "I", "F") or mask.mode.startswith("I;16")
+    values = np.asarray(mask if one_band else mask.convert("RGB")).reshape(mask.height, mask.width, -1)
     values = (values > 127 if mask.format in ("JPEG", "WEBP") else values != 0).any(2)  # these two ring at edges
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
