@@ -368,22 +368,19 @@ def read_weights(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except Exception:  # a damaged file fails in many ways
-        raise ValueError(f"{path}: cannot be read as weights: it is truncated, no file of torch.save, or holds code; "
-                         "give a state dict, a last.pt or a .ckpt of anomalib 2") from None
+        raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
+                         "dict, or the .ckpt of anomalib 2") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path}: a dict of tensors by name is needed, found {type(content).__name__}")
     return content
 
 
 # Copied from draem.own_checkpoint
-def own_checkpoint(content: dict, method: str, path: str | Path) -> tuple:
+def own_checkpoint(content: dict, method: str, path: str | Path) -> list[dict]:
     """Weights, settings and preprocessing of this project's checkpoint. ValueError if it is another method's."""
     if content["method"] != method:
         raise ValueError(f"{path}: a checkpoint of {content['method']}, not of {method}")
-    try:
-        return content["model"], content["settings"], content["preprocessing"]
-    except KeyError as error:
-        raise ValueError(f"{path}: lacks {error} of a checkpoint of {method}") from None
+    return [content.get(name, {}) for name in ("model", "settings", "preprocessing")]
 
 
 def build(make, state: dict, kind: str, path: str | Path) -> nn.Module:
