@@ -371,6 +371,8 @@ def test_save_and_load(score_type, classes, tmp_path):
     model.fit(model.features(images), torch.arange(classes).repeat(12 // classes))
     torch.save(own(model), tmp_path / "last.pt")
     loaded = load(tmp_path / "last.pt")
+    parts = {"backbone", "pca", "threshold", "map_top"} | ({"gaussian"} if score_type == "nll" else set())
+    assert {key.split(".")[0] for key in model.state_dict()} == parts
     assert not loaded.training and loaded.settings == model.settings and loaded.preprocessing == {"size": 32}
     assert len(loaded.pca) == classes and torch.equal(model.map_top, loaded.map_top)
     assert torch.equal(loaded.threshold.nan_to_num(-1), model.threshold.nan_to_num(-1))
