@@ -222,7 +222,10 @@ class VectorQuantizer(nn.Module):
 
 
 class Named(nn.Sequential):
-    """Layers in sequence, under their names in the authors' files."""
+    """Layers in sequence, under their names in the authors' files.
+
+    A network has a `forward` of its own, because torch.compile keeps at most eight graphs of a function.
+    """
 
     def __init__(self, **layers: nn.Module):
         super().__init__(OrderedDict(layers))
@@ -252,12 +255,23 @@ halving_conv = functools.partial(nn.Conv2d, kernel_size=4, stride=2, padding=1) 
 doubling_conv = functools.partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1)
 
 
-class DiscreteLatentModel(nn.Module):
-    """Both encoders, both codebooks and the general appearance decoder. `settings` holds the arguments.
+class EncoderHi(Named):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image)  # (N, 3, H, W) -> (N, hiddens, H / 4, W / 4)
 
-    encoder_hi: image (N, 3, H, W) -> (N, hiddens, H / 4, W / 4); encoder_lo: that -> (N, hiddens, H / 8, W / 8);
-    general_decoder: (N, 2 D, H / 4, W / 4) -> image.
-    """
+
+class EncoderLo(Named):
+    def forward(self, encoded: Tensor) -> Tensor:
+        return super().forward(encoded)  # (N, hiddens, H / 4, W / 4) -> (N, hiddens, H / 8, W / 8)
+
+
+class GeneralDecoder(Named):
+    def forward(self, joined: Tensor) -> Tensor:
+        return super().forward(joined)  # (N, 2 D, H / 4, W / 4) -> (N, 3, H, W)
+
+
+class DiscreteLatentModel(nn.Module):
+    """Both encoders, both codebooks and the general appearance decoder. `settings` holds the arguments."""
 
     def __init__(self, hiddens: int = PUBLISHED["hiddens"], residual_layers: int = PUBLISHED["residual_layers"],
                  residual_hiddens: int = PUBLISHED["residual_hiddens"], codes: int = PUBLISHED["codes"],
@@ -267,21 +281,21 @@ class DiscreteLatentModel(nn.Module):
                              codes=codes, code_length=code_length)
         self.preprocessing = {}  # this project's arguments of common.read_image for the training images; {}: unknown
         residual = hiddens, residual_layers, residual_hiddens
-        self.encoder_lo = Named(conv_1=halving_conv(hiddens, hiddens), relu_1=nn.ReLU(),
-                                conv_2=nn.Conv2d(hiddens, hiddens, 3, padding=1), relu_2=nn.ReLU(),
-                                residual_stack=ResidualStack(*residual))
-        self.encoder_hi = Named(conv_1=halving_conv(3, hiddens // 2), relu_1=nn.ReLU(),
-                                conv_2=halving_conv(hiddens // 2, hiddens), relu_2=nn.ReLU(),
-                                conv_3=nn.Conv2d(hiddens, hiddens, 3, padding=1),
-                                residual_stack=ResidualStack(*residual))
+        self.encoder_lo = EncoderLo(conv_1=halving_conv(hiddens, hiddens), relu_1=nn.ReLU(),
+                                    conv_2=nn.Conv2d(hiddens, hiddens, 3, padding=1), relu_2=nn.ReLU(),
+                                    residual_stack=ResidualStack(*residual))
+        self.encoder_hi = EncoderHi(conv_1=halving_conv(3, hiddens // 2), relu_1=nn.ReLU(),
+                                    conv_2=halving_conv(hiddens // 2, hiddens), relu_2=nn.ReLU(),
+                                    conv_3=nn.Conv2d(hiddens, hiddens, 3, padding=1),
+                                    residual_stack=ResidualStack(*residual))
         self.project_lo = nn.Conv2d(hiddens, code_length, 1)
         self.project_hi = nn.Conv2d(hiddens + code_length, code_length, 1)
         self.codebook_lo = VectorQuantizer(codes, code_length)
         self.codebook_hi = VectorQuantizer(codes, code_length)
-        self.general_decoder = Named(conv_1=nn.Conv2d(2 * code_length, hiddens, 3, padding=1),
-                                     residual_stack=ResidualStack(*residual),
-                                     conv_trans_1=doubling_conv(hiddens, hiddens // 2), relu=nn.ReLU(),
-                                     conv_trans_2=doubling_conv(hiddens // 2, 3))
+        self.general_decoder = GeneralDecoder(conv_1=nn.Conv2d(2 * code_length, hiddens, 3, padding=1),
+                                              residual_stack=ResidualStack(*residual),
+                                              conv_trans_1=doubling_conv(hiddens, hiddens // 2), relu=nn.ReLU(),
+                                              conv_trans_2=doubling_conv(hiddens // 2, 3))
         self.upsample_lo = doubling_conv(code_length, code_length)
 
     def encode_lo(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,6 +368,9 @@ class SubspaceRestrictionModule(Named):
                         fin_out=nn.Sequential(nn.Conv2d(w, w, 3, padding=1)))
         super().__init__(unet=Named(encoder=encoder, decoder=decoder))
 
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features)
+
 
 class AnomalyDetectionModule(nn.Module):
     """A U-Net: specific image, general image, (N, 3, H, W) each -> logits (N, 2, H, W).
@@ -399,14 +416,11 @@ class ImageReconstructionNetwork(Named):
                          conv_trans_1=doubling_conv(hiddens, hiddens // 2), relu_3=nn.ReLU(),
                          conv_trans_2=doubling_conv(hiddens // 2, 3))
 
+    def forward(self, joined: Tensor) -> Tensor:
+        return super().forward(joined)
+
 
 # --- The model --------------------------------------------------------------------------------------------------------
-
-
-def initialize(module: nn.Module) -> None:
-    """The code's initial weights of two modules (train_dsr.py:179, 189); biases keep PyTorch's default."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0, 0.02)
 
 
 class DsrModel(nn.Module):
@@ -432,8 +446,9 @@ class DsrModel(nn.Module):
             2 * sizes["code_length"], sizes["hiddens"], sizes["residual_layers"], sizes["residual_hiddens"])
         self.anomaly_detection_module = AnomalyDetectionModule(w=width)
         self.upsampling_module = AnomalyDetectionModule(8, width)
-        self.image_reconstruction_network.apply(initialize)
-        self.anomaly_detection_module.apply(initialize)
+        for module in (*self.image_reconstruction_network.modules(), *self.anomaly_detection_module.modules()):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, 0, 0.02)  # the code's initial weights (train_dsr.py:179, 189)
         self.stage = None  # 2 or 3, set by begin
         self.register_buffer("ranked_lo", None, persistent=False)  # rank_codes of both codebooks in stage 2
         self.register_buffer("ranked_hi", None, persistent=False)

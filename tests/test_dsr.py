@@ -92,6 +92,9 @@ def test_published_model_has_the_authors_sizes_and_initial_weights(monkeypatch):
     monkeypatch.setattr(dsr, "rank_codes", lambda codes: codes)  # slow
     trained = model.begin(2) + model.begin(3)
     assert len(set(trained)) == len(trained) and sum(p.numel() for p in trained) == 36_277_383
+    networks = [getattr(model, name) for name in PARTS[1:]] + [
+        getattr(model.discrete_latent_model, name) for name in ("encoder_lo", "encoder_hi", "general_decoder")]
+    assert len({type(network).forward for network in networks} - {nn.Sequential.forward}) == 6  # for torch.compile
     for name in PARTS[1:]:
         for conv in getattr(model, name).modules():
             if isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)):
