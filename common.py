@@ -158,9 +158,10 @@ class TestImage(NamedTuple):
     mask: Path | None
 
 
-class Category(NamedTuple):  # a product
+class Category(NamedTuple):
+    """One product: its normal training images and its test images."""
     name: str
-    train: list[Path]  # all normal
+    train: list[Path]
     test: list[TestImage]
 
 
