@@ -176,20 +176,20 @@ def test_model_equals_slow_dfm():
 
 
 def slow_cross_validation(features: torch.Tensor, share: float, score_type: str) -> np.ndarray:
-    """Held-out scores and maps' maxima (2, n) of features (n, C, h, w): fifths in a row, each by the raw rest's SVD."""
-    rows, n, found = features.flatten(1), len(features), []
+    """Held-out scores and maps' maxima (2, n) of features (n, C, h, w), every fifth one by the raw rest's SVD."""
+    rows, n, found = features.flatten(1), len(features), np.empty((2, len(features)))
     for i in range(5):
-        inside = [j for j in range(n) if i * n <= 5 * j < (i + 1) * n]
+        inside = list(range(i, n, 5))
         rest = rows[[j for j in range(n) if j not in inside]]
         _, values, axes = torch.linalg.svd(rest - rest.mean(0), full_matrices=False)
         values, k = values[values > 1e-9 * values[0]] ** 2 / len(rest), 1
         while k < len(values) and values[:k].sum() < share * values.sum():
             k += 1
-        for f in rows[inside] - rest.mean(0):
+        for j, f in zip(inside, rows[inside] - rest.mean(0)):
             error = f - axes[:k].T @ (axes[:k] @ f)
             nll = ((axes[:k] @ f) ** 2 / values[:k] + values[:k].log() + math.log(2 * math.pi)).sum() / 2
-            found.append((error.norm() if score_type == "fre" else nll, error.view(4, 3, 2).square().sum(0).max()))
-    return np.array(found).T
+            found[:, j] = error.norm() if score_type == "fre" else nll, error.view(4, 3, 2).square().sum(0).max()
+    return found
 
 
 @pytest.mark.parametrize("sizes, share", [((60,), 0.9999), ((12, 40), 0.9), ((11,), 1.0)])  # of 24 values
@@ -198,7 +198,7 @@ def test_threshold_and_map_top_are_those_of_folds_fitted_to_the_raw_features(sco
     n, model = sum(sizes), small(score_type, share=share)
     labels = torch.tensor([7] * sizes[0] + [3] * sum(sizes[1:]))[randn(n).argsort()]
     train = randn(n, 4, 3, 2) * torch.logspace(1, -2, 24).view(4, 3, 2) + 50 * labels.view(-1, 1, 1, 1)
-    train[2:9] += 4 * randn(4, 3, 2, seed=1)  # a row of samples that are alike
+    train[2::5] += 4 * randn(4, 3, 2, seed=1)  # samples of a fold that are alike
     slow = [slow_cross_validation(train[labels == label], share, score_type) for label in labels.unique()]
     scores, maxima = torch.tensor(np.concatenate(slow, 1))
     model.fit(train, labels)
@@ -213,7 +213,7 @@ def test_threshold_and_map_top_are_those_of_folds_fitted_to_the_raw_features(sco
 @pytest.mark.parametrize("features, labels", [
     (randn(4, 6, 3, 2), None), (randn(24, 6, 3, 2), [0] * 20 + [1] * 4),  # too few
     (torch.cat((torch.full((4, 6, 3, 2), 0.1).double(), randn(1, 6, 3, 2))), None),  # one sample has all the variation
-    (torch.cat((torch.ones(20, 6, 3, 2).double(), randn(5, 6, 3, 2))), None)])  # one fold has
+    (torch.cat((torch.ones(5, 4, 6, 3, 2).double(), randn(5, 1, 6, 3, 2)), 1).flatten(0, 1), None)])  # one fold has
 def test_what_cannot_be_cross_validated_has_no_threshold_but_a_map_top(features, labels):
     model = small().fit(features, None if labels is None else torch.tensor(labels))
     labels = torch.tensor(labels or [0] * len(features))
