@@ -5,7 +5,8 @@ Papers
     Detection, 2019, arXiv 1909.11786: a density per class on reduced features; score: negative log-likelihood ("nll").
     Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
     Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre").
-    No code came with the papers. anomalib's DFM (2.7.0) is by their first author; defaults and map are as there.
+    No code came with the papers. anomalib's DFM (2.7.0) is by their first author; defaults and map are as there. F1,
+    F2 ... are rows of README's *Differences*.
 
 Notation (n samples; d = C * h * w values each, C channels; k directions kept of the r that vary)
     f       features            (n, C, h, w)    pooled features of a layer, or any (n, d)
@@ -55,8 +56,8 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class PCA(nn.Module):
     """Principal components of samples (n, ...), float64.
 
-    It keeps the smallest number of components whose variance reaches `share` in (0, 1] of the total, within a rounding
-    of 1e-12. A share of 1 keeps every direction that varies. fit sets the sizes of the buffers.
+    It keeps the smallest number of components whose variance reaches `share` in (0, 1] of the total (F1), within a
+    rounding of 1e-12. A share of 1 keeps every direction that varies. fit sets the sizes of the buffers.
     """
 
     def __init__(self, share: float = PUBLISHED["share"]):
@@ -103,7 +104,7 @@ class SingleClassGaussian(PCA):
     def score_samples(self, features: Tensor) -> Tensor:
         """1909.11786: NLL = 1/2 (|U^t (f - mu) / S|^2 + log det + r log 2 pi): (n, ...) -> (n,).
 
-        det is the covariance's, log det = 2 sum(log S). Null directions (n <= d, repeated samples) are left out.
+        det is the covariance's, log det = 2 sum(log S). Null directions (n <= d, repeated samples) are left out (F4).
         """
         mahalanobis = (self.transform(features) / self.deviation).square().sum(1)
         return (mahalanobis + (2 * self.deviation.log() + math.log(2 * math.pi)).sum()) / 2
@@ -292,8 +293,8 @@ class DFMModel(nn.Module):
         n = len(coordinates)
         scores, maxima = coordinates.new_full((2, n), math.nan)
         errors = torch.full_like(coordinates, math.nan)
-        # Every fifth sample. Fifths in a row raise fewer false alarms where a product drifts (5 % for 8 % on unseen rows
-        # of bottle and pill), but find a third of the pill's defects that these find.
+        # Every fifth sample. Fifths in a row raise fewer false alarms where a product drifts (on unseen rows of bottle
+        # and pill 5 % for 8 %), but find a third of the pill's defects that these find.
         fold = torch.arange(n, device=axes.device) % 5
         for held_out in [fold == i for i in range(5)] if n >= 5 else []:
             try:
@@ -312,7 +313,7 @@ class DFMModel(nn.Module):
     def score_features(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """features as in fit -> score (N,) and, for FRE, grid (N, h, w), float64, of the class with the lowest score.
 
-        2012.04250: FRE = |f - pre-image(T (f - mu))|. anomalib uses the squared norm, which gives the same ranking.
+        2012.04250: FRE = |f - pre-image(T (f - mu))|. anomalib uses the squared norm, which ranks alike (F6).
         """
         if not self.pca:
             raise ValueError("the model is not fitted: fit it, or load a fitted one")

@@ -1,7 +1,8 @@
 """DSR: a dual subspace re-projection network for surface anomaly detection.
 
 Paper: Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv 2208.01521. "The code" is the authors',
-VitjanZ/DSR_anomaly_detection @ 672bfb8. The code lacks stage 1, which follows the paper here.
+VitjanZ/DSR_anomaly_detection @ 672bfb8. It lacks stage 1, which follows the paper here. S1, S2 ... are rows of README's
+*Differences*.
 
 An image is encoded with two codebooks, a coarse one (lo) and a fine one (hi), learned from images of all kinds.
 Anomalies are simulated by swapping codes. Restriction modules learn to restore the product's normal codes. A detection
@@ -76,19 +77,19 @@ PUBLISHED = {  # from the paper, where no other source is named
     "drops": (0.8,),                # share of the steps after which lr is multiplied by drop_factor: 80,000
     "drop_factor": 0.1,
     "width": 64,                    # of the detection and upsampling modules' first block (the code)
-    "lambda_s": (0.2, 1.0),         # range, sampled for each image and level (the code); a bound in the paper
+    "lambda_s": (0.2, 1.0),         # range, sampled for each image and level (the code); a bound in the paper (S4)
     "skipped": 0.05,                # share of nearest codes that a swap leaves out: 204 of 4096
     "both_share": 0.5,              # swap both levels; half of the rest lo alone, half hi alone (train_dsr.py:233-266)
     "normal_share": 0.5,            # share of samples that get no anomaly (the code)
     "noise_threshold": 0.5,         # mask = noise > threshold (the code)
-    "rotate": 90.0,                 # maximum rotation of normal images, in degrees (the code)
+    "rotate": 90.0,                 # maximum rotation of normal images, in degrees (the code; S9)
     "rotate_share": 0.4,            # share of normal images that are rotated in stage 2 (the code)
     "reconstruction_lambda": 10.0,  # weight of MSE(I, I_spc)
     # stage 3
-    "upsampling_steps": 20_000,     # at a constant rate, with a new Adam; the code has 50,000 (epochs // 2)
+    "upsampling_steps": 20_000,     # at a constant rate, with a new Adam; the code has 50,000 (epochs // 2; S3)
     "upsampling_rotate_share": 0.3,  # the same in stage 3 (the code)
     "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; DRAEM's and DSR's code: (0.2, 1]
-    "window": 21,                   # side of the score's mean filter at 256 x 256 (the code)
+    "window": 21,                   # side of the score's mean filter at 256 x 256 (the code; S10)
 }
 
 # --- Simulated anomalies. `generator` gives all random numbers, on its own device -------------------------------------
@@ -109,7 +110,7 @@ def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, lambd
     """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
     All K codes are sorted by distance. Candidates are the first int(lambda_s * K) + 1 without the first int(0.05 * K),
-    all equally likely; lambda_s (N,). So does the code (train_dsr.py:31-45), but with K - 1 as the first number's cap.
+    all equally likely; lambda_s (N,). So does the code (train_dsr.py:31-45), but with K - 1 as the first number's cap (S4).
     The paper (4.4) and the code sort by distance from the unquantized feature. Here `ranked`, rank_codes(codebook),
     sorts by distance from the position's own code: a swap is a look-up in a table made once.
     """
@@ -127,7 +128,7 @@ def synthesize_smudges(image: Tensor, generator: torch.Generator, beta: tuple[fl
                        normal_share: float = PUBLISHED["normal_share"]) -> tuple[Tensor, Tensor]:
     """Stage 3: smudged = (1 - mask) * image + (1 - beta) * (mask * image) + beta * (mask * colour)
 
-    Each sample has one random colour, as in the code; the paper's smudges are copied and pasted (3.7). Takes image
+    Each sample has one random colour, as in the code; the paper's smudges are pasted (3.7; S6). Takes image
     (N, 3, H, W) in [0, 1] on the generator's device; returns smudged, likewise, and mask (N, 1, H, W). beta is sampled
     from its range for each image.
     """
@@ -211,7 +212,7 @@ class VectorQuantizer(nn.Module):
         """Set dead codes to random features of this batch. In a new codebook all codes are dead.
 
         A code is dead if its moving average of features per step is below 0.1 * min(1, n / K), with n features in the
-        batch and K codes. This is not from the paper; the code has no stage 1.
+        batch and K codes. This is not from the paper; the code has no stage 1 (S2).
         """
         sampled = rows[torch.randint(len(rows), self.ema_cluster_size.shape, generator=generator, device=rows.device)]
         least = 0.1 * min(1, len(rows) / len(sampled))
@@ -356,7 +357,7 @@ def normed_up(inputs: int, outputs: int) -> nn.Sequential:
 class SubspaceRestrictionModule(Named):
     """Maps features (N, w, height, width) to the product's normal ones. Skips would let anomalies through.
 
-    It has two poolings, as in the code, so that released weights fit; the paper has three (3.3 and its figure).
+    It has two poolings, as in the code, so that released weights fit; the paper has three (3.3, figure; S7).
     """
 
     def __init__(self, w: int):
@@ -448,7 +449,7 @@ class DsrModel(nn.Module):
         self.upsampling_module = AnomalyDetectionModule(8, width)
         for module in (*self.image_reconstruction_network.modules(), *self.anomaly_detection_module.modules()):
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.normal_(module.weight, 0, 0.02)  # the code's initial weights (train_dsr.py:179, 189)
+                nn.init.normal_(module.weight, 0, 0.02)  # the code's initial weights (train_dsr.py:179, 189; S11)
         self.stage = None  # 2 or 3, set by begin
         self.register_buffer("ranked_lo", None, persistent=False)  # rank_codes of both codebooks in stage 2
         self.register_buffer("ranked_hi", None, persistent=False)
