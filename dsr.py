@@ -110,7 +110,7 @@ def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, lambd
     """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
     All K codes are sorted by distance. Candidates are the first int(lambda_s * K) + 1 without the first int(0.05 * K),
-    all equally likely; lambda_s (N,). So does the code (train_dsr.py:31-45), but with K - 1 as the first number's cap (S4).
+    all equally likely; lambda_s (N,). So does the code (train_dsr.py:31-45), but K - 1 caps the first number (S4).
     The paper (4.4) and the code sort by distance from the unquantized feature. Here `ranked`, rank_codes(codebook),
     sorts by distance from the position's own code: a swap is a look-up in a table made once.
     """
