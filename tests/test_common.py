@@ -245,7 +245,7 @@ def test_load_images(tmp_path, capsys):
     images = common.load_images(paths[::-1], 8)
     assert images.dtype == torch.uint8 and images.shape == (30, 3, 8, 8) and len(common.load_images([], 8)) == 0
     assert images[:, 2, 7, 0].tolist() == [*range(29, -1, -1)] and capsys.readouterr().err == ""
-    Image.fromarray(np.tile(RGB, (2, 2, 1))).save(paths[0])
+    Image.fromarray(np.tile(DEEP, (2, 2))).save(paths[0])
     for options in ({}, {"antialias": False}):
         assert torch.equal(common.load_images(paths[:1], 5, **options)[0], common.read_image(paths[0], 5, **options))
     before = len(os.listdir("/dev/fd"))
