@@ -445,12 +445,12 @@ def test_panel_and_panels():
 
 def test_heat():
     """Over black and white the map's opacity and colour can be solved for: light = dark + 255 * (1 - opacity)."""
-    levels = torch.tensor([[-3, 0, 0.3, 0.4, 0.5, 7 / 12, 2 / 3, 0.75, 5 / 6, 0.9, 11 / 12, 1, 7]])
+    levels = torch.tensor([[-3, 0, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.75, 0.8, 0.9, 1, 7]])
     dark, light = (common.heat(np.full((1, 13, 3), value, np.uint8), levels)[0].astype(float) for value in (0, 255))
     opacity = 1 - (light - dark).mean(1) / 255
-    assert opacity == pytest.approx([0, 0, 0, 1 / 9, 2 / 9, 17 / 54, 11 / 27, 0.5, 16 / 27, *[2 / 3] * 4], abs=0.004)
+    assert opacity == pytest.approx([0, 0, 0, 2 / 15, 4 / 15, 1 / 3, 0.4, 8 / 15, 0.6, *[2 / 3] * 4], abs=0.004)
     hues = [360 * colorsys.rgb_to_hsv(*colour)[0] for colour in dark[3:]]  # 240 blue, 180 cyan, 60 yellow, 0 red
-    assert hues == pytest.approx([228, 210, 195, 180, 120, 60, 36, 30, 0, 0], abs=2)
+    assert hues == pytest.approx([228, 204, 192, 180, 120, 80, 60, 30, 0, 0], abs=2)
     assert dark.max(1)[3:] / 255 == pytest.approx(opacity[3:], abs=0.004)  # at full brightness, as no grey is
     clear, strong = (common.heat(RGB, torch.full((16, 16), level)).astype(int) for level in (0.0, 1.0))
     assert abs(clear - np.asarray(Image.fromarray(RGB).convert("L"))[..., None]).max() <= 1
