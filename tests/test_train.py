@@ -258,7 +258,7 @@ def test_signals_and_kills_leave_no_trace_in_the_result(argv, stops, data, comma
     def act(step):
         seen.append(step[2:])
         if step[2:] in stops and seen.count(step[2:]) == 1:
-            os.kill(os.getpid(), signal.SIGINT if "1" in step else signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT if "1" in step else signal.SIGTERM)
     before_step(monkeypatch, act)
     for stop in stops:
         status, _, err = command(*argv)
@@ -475,7 +475,7 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(data, command, mon
         assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16
         weights[step] = next(model.parameters()).detach().clone()
         if step == 3 and len(weights) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return {name: term * (1e36 if step == 2 else 1) for name, term in inner(model, *given).items()}
     monkeypatch.setattr(draem.DraemModel, "losses", losses)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *given, inner=torch.amp.GradScaler, **more: inner(
@@ -546,8 +546,8 @@ def test_a_codebook_is_made_once_by_one_process_and_refused_for_other_images(dat
     monkeypatch.setattr(train, "WORLD", 2)
     more = ["--width", 6, "--steps", 2, "--batch", 1, "--rotate", 0, "--upsampling-steps", 1]
     assert command(*argv, *more)[0] == 0 and files_in(book.parent) == made
-    other = draw_data("train", train=4, good=0, defects=())  # a folder of the same name
-    assert "codebook-train/last.pt: images was 5, not 4" in mistake(command(*argv, "--pretrain", other))
+    other = draw_data("train", seed=9, good=0, defects=())  # a folder of the same name, with as many images
+    assert "codebook-train/last.pt: bytes was" in mistake(command(*argv, "--pretrain", other))
     assert "codes was 21, not 22" in mistake(command(*argv, "--codes", 22))
     monkeypatch.setattr(dsr, "fetch_codebook", lambda: book)
     for out, more in (("given", ["--codebook", book]), ("published", [])):
