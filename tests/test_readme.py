@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
             Image.new("RGB", (64, 64), (grey, 99, 20)).save(Path(place, f"{number}.png"))
     Image.new("RGB", (64, 64)).save("part.png")
     latent = dsr.DiscreteLatentModel(4, 1, 2, 21, 4)
-    torch.save({"method": "dsr-codebook", "settings": latent.settings, "reading": {}, "model": latent.state_dict()},
+    torch.save({"method": "dsr-codebook", "settings": latent.settings, "preprocessing": {}, "model": latent.state_dict()},
                "published.pt")
     monkeypatch.setattr(dsr, "fetch_codebook", lambda: Path("published.pt"))
     return tmp_path
@@ -47,46 +47,31 @@ def folder(tmp_path, monkeypatch):
 def test_commands_run(folder, capsys):
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if "train.py" in line]
-    assert len(commands) == 10
-    trained = False
+    assert len(commands) == 9
     for number, words in enumerate(commands):
         words = words[words.index("train.py") + 1:]
         if "--checkpoint" in words:
             assert train.main(words) == 0, words
-        elif "--data" in words:  # CI runs those without it, on the toy product
-            out = ["--out", f"runs{number}"] if trained else []  # later commands name the first run's checkpoint
+        elif "--data" in words:  # CI runs the one without it, on the toy product
+            out = ["--out", f"runs{number}"] if Path("runs", words[0]).exists() else []  # checkpoints lie in runs
             assert train.main([*words, *SMALL[words[0]].split(), *out]) == 0, words
-            trained = True
     assert "part.png 0." in capsys.readouterr().out
 
 
-def test_snippets_run(folder, monkeypatch):
+def test_snippets_run(folder):
     train.main(["draem", "--data", "mvtec/bottle", "--size", "32", "--width", "4", "--steps", "1"])
     Path("runs/draem/bottle").rename("runs/draem/toy")
-    monkeypatch.setattr(draem.DraemModel.__init__, "__defaults__", (4, *draem.DraemModel.__init__.__defaults__[1:]))
-    assert len(blocks("python")) == 7
+    assert len(blocks("python")) == 2
     for snippet in blocks("python"):
-        exec(compile(snippet, snippet.splitlines()[0], "exec"), {})
-
-
-def test_snippets_print_what_their_comments_say(capsys):
-    focal, softmax, components = [snippet for snippet in blocks("python") if "print(" in snippet and "# 0" in snippet
-                                  or "# 2\n" in snippet]
-    exec(focal, {})
-    wrong, none = map(float, re.findall(r"tensor\(\[*(-?[\d.e+-]+)", capsys.readouterr().out))
-    assert 9 < wrong < 11 and none == 0
-    exec(softmax, {})
-    once, twice = map(float, re.findall(r"tensor\(\[*(-?[\d.e+-]+)", capsys.readouterr().out))
-    assert abs(once) < 1e-6 and round(twice, 4) == 0.0227
-    torch.manual_seed(0)
-    exec(components, {})
-    assert capsys.readouterr().out.split() == ["2", "1"]
+        names = {}
+        exec(compile(snippet, snippet.splitlines()[0], "exec"), names)
+    assert names["score"].shape == (5,) and names["grid"].shape == (5, 7, 7)  # as the last snippet's comment says
 
 
 @pytest.mark.parametrize("title", MODULES)
 def test_names_and_equations_are_in_the_file(title):
     module, text = MODULES[title], section(title)
-    table = text.split("| paper | here |" if title != "DFM" else "| part | here |")[1].split("\n\n")[0]
+    table = text.split("| paper | here |" if title != "DFM" else "In `dfm.py`:")[1].split("\n\n")[0]
     names = re.findall(r"`([\w.]+)`", table)
     assert len(names) >= 5
     for name in names:
