@@ -518,7 +518,7 @@ def test_compile_takes_networks_and_augmentations_of_the_training(argv, count, d
         predicting.extend(model.modules()), inner(model, *given))[1])
     assert command(*argv, "--out", "plain")[0] == 0 and not modules and not functions
     assert command(*argv, "--compile")[0] == 0
-    assert len(modules) == count and not any(isinstance(part, (torch.nn.Conv2d, dsr.VectorQuantizer)) for part in modules)
+    assert len(modules) == count and not any(isinstance(m, (torch.nn.Conv2d, dsr.VectorQuantizer)) for m in modules)
     assert not {id(module) for module in modules} & {id(module) for module in predicting}
     assert functions == (list(draem.AUGMENTATIONS) if argv[0] == "draem" else [])
     same("plain", "runs")
