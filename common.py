@@ -188,7 +188,7 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
     def key(path: Path, top: Path) -> str:
         return MASK_ENDING.sub("", path.relative_to(top).with_suffix("").as_posix().lower())
 
-    masks, found = {key(path, truth): path for path in (list_images(truth) if truth else [])}, []
+    masks, found = {key(m, truth): m for m in (list_images(truth) if truth and any(truth.iterdir()) else [])}, []
     images = list_images(folder)
     plain = {key(path, folder) for path in images if not MASK_ENDING.search(path.stem.lower())}
     for path in images:

@@ -2,9 +2,9 @@
 
 Papers
     Ahuja, Ndiour, Kalyanpur, Tickoo: Probabilistic Modeling of Deep Features for Out-of-Distribution and Adversarial
-    Detection, 2019, arXiv 1909.11786: a density per class on reduced features; score: negative log-likelihood ("nll").
+    Detection, 2019, arXiv 1909.11786: a Gaussian per class on deep features; score: negative log-likelihood ("nll").
     Ndiour, Ahuja, Tickoo: Out-Of-Distribution Detection With Subspace Techniques And Probabilistic Modeling Of
-    Features, 2020, arXiv 2012.04250: the score is the feature reconstruction error ("fre").
+    Features, 2020, arXiv 2012.04250: the likelihood of reduced features; the feature reconstruction error ("fre").
     No code came with the papers. anomalib's DFM (2.7.0) is by their first author; defaults and map are as there. F1,
     F2 ... are rows of README's *Differences*.
 

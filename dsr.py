@@ -1,8 +1,8 @@
 """DSR: a dual subspace re-projection network for surface anomaly detection.
 
 Paper: Zavrtanik, Kristan, Skočaj, ECCV 2022, arXiv 2208.01521. "The code" is the authors',
-VitjanZ/DSR_anomaly_detection @ 672bfb8. It lacks stage 1, which follows the paper here. S1, S2 ... are rows of README's
-*Differences*.
+VitjanZ/DSR_anomaly_detection @ 672bfb8. It lacks stage 1, which takes the paper's steps here. S1, S2 ... are rows of
+README's *Differences*.
 
 An image is encoded with two codebooks, a coarse one (lo) and a fine one (hi), learned from images of all kinds.
 Anomalies are simulated by swapping codes. Restriction modules learn to restore the product's normal codes. A detection
@@ -43,7 +43,7 @@ It needs torch alone. Five lines in each step train a stage, here the second:
     here              the code and anomalib         here             the code and anomalib
     encoder_lo, _hi   _encoder_t, _encoder_b        general_decoder  _decoder_b
     project_lo, _hi   _pre_vq_conv_top, _bot        upsample_lo      upsample_t
-    codebook_lo, _hi  _vq_vae_top, _vq_vae_bot      lambda_s, least  anom_par; in anomalib latent_anomaly_strength
+    codebook_lo, _hi  _vq_vae_top, _vq_vae_bot      lambda_s[0]      anom_par; in anomalib latent_anomaly_strength
 """
 import fnmatch
 import functools

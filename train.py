@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--data", type=Path, help="a category in MVTec's layout, a folder of such, or normal images; else a toy")
         add("--out", type=Path, default="runs", help="root of the run folders")
         add("--size", type=int, help=f"images become squares of this side, {published['size']} if not given")
-        add("--antialias", action=argparse.BooleanOptionalAction, help="or resize from four pixels, as the authors do")
+        add("--antialias", action=argparse.BooleanOptionalAction, help="the default; without, as the authors do")
         add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that fills a part of 16-bit grey files")
         add("--batch", type=int, default=published.get("batch", 8), help="images a step")
         add("--seed", type=int, default=0, help="of initial weights and all random numbers")
@@ -165,14 +165,14 @@ class Run:
         (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.state["log"]))
         os.replace(self.folder / "last.tmp", self.last)  # a kill leaves the old checkpoint or the new one
 
-    def metrics(self) -> dict:
-        """What the evaluation of this very run, complete, left in metrics.json; else {}."""
+    def metrics(self, data: Path, count: int) -> dict:
+        """What the evaluation of this very run on `count` images of `data` left, complete, in metrics.json; else {}."""
         try:
             found = json.loads((self.folder / "metrics.json").read_text())
-        except (OSError, ValueError):  # none yet, or cut short
+            own = (found["settings"], found["data"], found["tested"]) == (self.settings, str(data), count)
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut short
             return {}
-        own = found.get("settings") == self.settings
-        return found if own and self.steps and not found["unreadable"] else {}
+        return found if own and self.steps else {}
 
 
 # --- The training loop ------------------------------------------------------------------------------------------------
@@ -203,7 +203,6 @@ def train(run: Run, model: nn.Module, parameters, sample, stage: str, steps: int
         optimizer.param_groups[0]["lr"] = rate = METHODS[args.method].learning_rate(step, steps, args.lr, drops)
         # Step n depends on (seed, stage, n) alone, so a resumed run goes on as if it had never stopped.
         generator.manual_seed(zlib.crc32(f"{args.seed} {stage} {step}".encode()))
-
         batch = sample(generator)
         with args.autocast():
             terms = model.losses(*batch, generator)
@@ -278,8 +277,6 @@ def train_draem(images: Tensor, textures: Tensor | None, run: Run, args: argpars
     model = draem.load(run.last) if run.steps else draem.DraemModel(args.width, args.sspcab, rotate=args.rotate)
     model = to_device(model, args).train()
     sample = functools.partial(choose, [images, textures], args)
-    if args.compile:
-        draem.AUGMENTATIONS = tuple(map(torch.compile, draem.AUGMENTATIONS))
     steps = args.steps or draem.PUBLISHED["epochs"] * math.ceil(len(images) / args.batch)
     train(run, model, list(model.parameters()), sample, "train", steps, draem.PUBLISHED["drops"], args)
     return model
@@ -364,7 +361,8 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
             panels = common.panels(image, part, mask, float(getattr(model, "map_top", 1)))
             row = f"{item.defect}\n{part['score']:.3f}\n{item.path.name}".strip(), panels
             if "anomaly_map" in part:  # its picture is 0.png for 0.png, 0.jpg.png for 0.jpg: no two images share one
-                path = (folder / item.name).with_name(item.name.name.removesuffix(".png") + ".png")
+                own = item.name.suffix == ".png" and Path(item.name.stem).suffix.lower() not in common.IMAGE_SUFFIXES
+                path = folder / item.name if own else (folder / item.name).with_name(item.name.name + ".png")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 common.page([row]).save(path, compress_level=1)
             yield item, part["score"].item(), row, part.get("anomaly_map"), mask
@@ -390,7 +388,7 @@ def evaluate(model: nn.Module, category: common.Category, run: Run, args: argpar
     common.write_csv(run.folder / "scores.csv", "w", [("path", "label", "score"), *rows])  # pixel metrics need memory
 
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
-    metrics, good = {"kinds": {}, "unreadable": len(category.test) - len(rows)}, kinds.get("good", [])
+    metrics, good = {"kinds": {}, "tested": len(rows), "unreadable": len(category.test) - len(rows)}, kinds.get("good", [])
     for kind, scores in kinds.items():
         report = metrics["kinds"][kind] = {"count": len(scores)}
         if good and kind != "good":
@@ -460,6 +458,8 @@ def main(argv: list[str] | None = None) -> int:
     learn, extra = {"draem": train_draem, "dsr": train_dsr, "dfm": fit_dfm}[args.method], None
     if args.method == "draem" and not model:
         extra = load_textures(args)
+        if args.compile:
+            draem.AUGMENTATIONS = tuple(map(torch.compile, draem.AUGMENTATIONS))
     if args.method == "dsr" and not model:
         extra = pretrain_dsr(args) if args.pretrain or args.toy and not args.codebook else args.codebook
 
@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     for category in categories[RANK::WORLD]:
         counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}
         run = Run(root / (category.name + "-checkpoint" * bool(model)), settings | counts, args.resume)
-        results[category.name] = run.metrics()
+        results[category.name] = {} if args.threshold is not None else run.metrics(args.data, len(category.test))
         if results[category.name]:
             continue
         (run.folder / "metrics.json").unlink(missing_ok=True)  # another run's, or not complete

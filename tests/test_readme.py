@@ -38,8 +38,8 @@ def folder(tmp_path, monkeypatch):
             Image.new("RGB", (64, 64), (grey, 99, 20)).save(Path(place, f"{number}.png"))
     Image.new("RGB", (64, 64)).save("part.png")
     latent = dsr.DiscreteLatentModel(4, 1, 2, 21, 4)
-    torch.save({"method": "dsr-codebook", "settings": latent.settings, "preprocessing": {}, "model": latent.state_dict()},
-               "published.pt")
+    content = {"settings": latent.settings, "preprocessing": {}, "model": latent.state_dict()}
+    torch.save({"method": "dsr-codebook"} | content, "published.pt")
     monkeypatch.setattr(dsr, "fetch_codebook", lambda: Path("published.pt"))
     return tmp_path
 
