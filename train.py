@@ -386,9 +386,9 @@ def evaluate(model: nn.Module, category: common.Category, run: Run, args: argpar
         pages = [shown[kind, end] for kind, end in sorted(shown) if end == "highest" or len(kinds[kind]) > 1]
         common.page(pages).save(run.folder / "summary.png")
     common.write_csv(run.folder / "scores.csv", "w", [("path", "label", "score"), *rows])  # pixel metrics need memory
-
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
-    metrics, good = {"kinds": {}, "tested": len(rows), "unreadable": len(category.test) - len(rows)}, kinds.get("good", [])
+    good, metrics = kinds.get("good", []), {"kinds": {}, "tested": len(rows)}
+    metrics["unreadable"] = len(category.test) - len(rows)
     for kind, scores in kinds.items():
         report = metrics["kinds"][kind] = {"count": len(scores)}
         if good and kind != "good":

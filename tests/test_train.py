@@ -595,7 +595,7 @@ def test_a_runs_files_are_those_of_the_saved_weights(trained, data):
         for name, value in metrics.items():  # threshold is among them
             assert found.pop(f"{level}_{name}") == pytest.approx(value, abs=5e-3)
     assert re.fullmatch("[0-9a-f]{7,40}(-dirty)?|", found.pop("commit"))
-    assert found == {"unreadable": 0, "data": str(data), "torch": torch.__version__, "settings": {
+    assert found == {"tested": 9, "unreadable": 0, "data": str(data), "torch": torch.__version__, "settings": {
         "method": "draem", "images": 5, "textures": 9, "size": 32, "antialias": True, "bits": 16, "batch": 2, "seed": 3,
         "precision": "fp32", "width": 4, "sspcab": True, "steps": 7, "lr": 0.01, "rotate": 5.0}}
 
