@@ -241,7 +241,7 @@ def test_simulated_png_shows_six_samples_before_the_first_step(argv, shown, data
     images = read_all(data.glob("train/*/*"), int(argv[2])).permute(0, 2, 3, 1).numpy()
     assert len(pages[0]) == 6 and all(list(row) == ["image", shown, "mask"] for _, row in pages[0])
     assert all((row["image"] == images).all((1, 2, 3)).any() for _, row in pages[0])
-    assert sum(row["mask"].any() for _, row in pages[0]) >= 3  # none is normal, though noise may stay below 0.5
+    assert sum(row["mask"].any() for _, row in pages[0]) > 4  # none is normal, though noise may stay below 0.5
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such signals")
@@ -264,8 +264,9 @@ def test_signals_and_kills_leave_no_trace_in_the_result(argv, stops, data, comma
         status, _, err = command(*argv)
         assert status == 128 + (signal.SIGINT if "1" in stop else signal.SIGTERM) and stop in seen
         assert f"stopped after step {int(stop[-1]) + 1}; the same command with --resume goes on" in err
-    steps = [step for step in seen if "images" not in step]
-    assert command(*argv)[0] == 0 and len(set(steps)) == len(steps)
+    status, out, _ = command(*argv)
+    assert status == 0 and ("upsampling: resumed after step 1\n" in out) == ("upsampling 0" in stops)
+    assert all(seen.count(step) == 1 for step in seen if "images" not in step)
     same("whole", "runs")
     argv += ["--save-minutes", "0"]
     for moment, place, name, fault in ((3, os, "replace", die), (7, zlib, "crc32", die), (
