@@ -218,7 +218,9 @@ def test_dsr_is_trained_by_its_recipe(data, command):
 
 def test_dfm_is_fitted_to_all_images_and_decides_by_its_own_threshold(data, command):
     options = "--layer layer2 --pooling 3 --share 0.5 --seed 3".split()
-    assert "components of 512 values" in command(*DFM, "--data", data, *options)[1]
+    said = command(*DFM, "--data", data, *options)[1]
+    assert "components of 512 values" in said
+    assert re.search(r"^weave: hole  count 3  image auroc \S+  threshold \S+  called defective \d$", said, re.M)
     torch.manual_seed(3)
     model, last = dfm.DFMModel("resnet18", "layer2", False, 3, 0.5).eval(), "runs/dfm/weave/last.pt"
     model.fit(model.features(read_all(data.glob("train/*/*"), 64) / 255))
@@ -436,7 +438,7 @@ def test_defaults_are_the_published_settings(capsys):
 
 
 MISTAKES = {  # arguments: pattern of the message; words in capitals are replaced
-    "": "required", "draem --fast": "--fast", "yolo": "invalid choice", "DFM --data DATA --pooling 64": "pooling",
+    "": "required", "dfm --score x": "choice: 'x'", "yolo": "choice: 'yolo'", "DFM --data DATA --pooling 64": "pooling",
     "DRAEM --data gone": " gone: no such folder", "DRAEM --data DATA --textures empty": " empty: holds no images",
     "DRAEM --data text": "good/002.png.*; text/train/good/003.png", "DFM --data DATA --batch 0": "0: 1 or more",
     "DRAEM --data DATA --size 100": "100: 32 or more is needed, in steps of 32", "draem --checkpoint LAST": "--data",
@@ -485,7 +487,6 @@ def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(data, command, mon
     assert read(RUN / "last.pt")["run"]["scaler"].items() >= {"scale": 128, "_growth_tracker": 1}.items()
     assert command(*argv, "--resume")[0] == command(*argv, "--out", "whole")[0] == 0
     assert [torch.equal(weights[n], weights[n + 1]) for n in range(6)] == [False, False, True, False, False, False]
-    assert read(RUN / "last.pt")["run"]["scaler"]["scale"] == 256  # three steps after the overflow
     same("whole", "runs")
 
 
@@ -506,8 +507,8 @@ def test_device_and_automatic_precision(given, method, has, expected, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "3")
     device, precision = train.hardware(SimpleNamespace(device=given, method=method, precision="auto"))
     assert f"{device} {precision}".removeprefix("cpu ") == expected and tried == [device]
-    assert chosen == [device] * given.startswith("cuda")
-    assert torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32 == (method != "dfm")
+    assert chosen == [device] * given.startswith("cuda") and torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.allow_tf32 == (method != "dfm")
 
 
 @pytest.mark.parametrize("argv, count", [([*DRAEM, "--steps", "1"], 2), (DFM, 0), (DSR, 3 + 2 * 9)])
@@ -538,15 +539,13 @@ def test_textures_are_found_beside_the_data_but_not_for_the_toy(folder, capsys):
 
 def test_a_codebook_is_made_once_by_one_process_and_refused_for_other_images(data, command, monkeypatch):
     argv, book = [*DSR, *of(data, DSR)], Path("runs/dsr/codebook-train/last.pt")
-    monkeypatch.setattr(train, "WORLD", 2)
-    assert "run it without torchrun first" in mistake(command(*argv)) and not list(Path("runs").rglob("*.pt"))
-    monkeypatch.setattr(train, "WORLD", 1)
     assert command(*argv)[0] == 0
     made = files_in(book.parent)
     shutil.move("runs/dsr/weave", "whole/dsr/weave")
     monkeypatch.setattr(train, "WORLD", 2)
     more = ["--width", 6, "--steps", 2, "--batch", 1, "--rotate", 0, "--upsampling-steps", 1]
     assert command(*argv, *more)[0] == 0 and files_in(book.parent) == made
+    assert "run it without torchrun first" in mistake(command(*argv, "--out", "two"))
     other = draw_data("train", seed=9, good=0, defects=())  # a folder of the same name, with as many images
     assert "codebook-train/last.pt: bytes was" in mistake(command(*argv, "--pretrain", other))
     assert "codes was 21, not 22" in mistake(command(*argv, "--codes", 22))
@@ -615,8 +614,7 @@ def test_summary_has_of_each_kind_the_highest_and_the_lowest_score(argv, masks, 
     assert all(list(row) == headings + ["truth"] * (masks or "good" in caption) for caption, row in pages[-1])
     assert (folder / "maps").exists() == ("anomaly map" in headings)
     left_out = 9 if headings == ["image"] else 0 if masks else 6
-    assert (f"leave out {left_out} images without a map or a mask" in out) == bool(left_out)
-    assert (table_of(out)["weave"][3:] == [None] * 4) == bool(left_out)
+    assert (f"leave out {left_out} images" in out) == (table_of(out)["weave"][3:] == [None] * 4) == bool(left_out)
 
 
 def test_images_are_read_then_and_later_as_the_options_said(data, command, monkeypatch):
@@ -643,14 +641,14 @@ def test_predict(trained, data, command):
     status, out, err = command(*argv, first, "photos", "text")
     assert status == 2 and all(f"\ntrain.py: {bad}: cannot be read" in err for bad in ("photos/half.png", "text"))
     names, folder = [first, "photos/a.jpg", "photos/a.png", "photos/b/a.png"], Path("runs/draem/predictions")
-    images = torch.stack([common.read_image(path, 32) for path in names]) / 255
-    scores = draem.load(trained / "last.pt").predict(images)["score"].tolist()
+    images = torch.stack([common.read_image(path, 32) for path in names])
+    scores = draem.load(trained / "last.pt").predict(images / 255)["score"].tolist()
     assert out == "".join(f"{name} {value:.6f}\n" for name, value in zip(names, scores)) and str(folder) in err
     limit = float(read(folder / "scores.csv")[2]["score"])
     for threshold, decision in ((limit, "defective"), (limit + 1e-6, "normal")):
         status, out, _ = command(*argv, "other/a.png", "--threshold", threshold)
         assert status == 0 and out.endswith(f" {decision}\n") and limit == pytest.approx(scores[2], abs=1e-6)
-    names = [os.path.abspath(name) for name in (*names, "other/a.png", "other/a.png")]
+    names = [os.path.abspath(name) for name in (*names, *["other/a.png"] * 2)]
     assert [(row["path"], row["decision"], row["checkpoint"]) for row in read(folder / "scores.csv")] == [
         *zip(names, ("", "", "", "", "defective", "normal"), [str(trained / "last.pt")] * 6)]
     assert set(files_in(folder)) == {"scores.csv", *(name[1:].replace(".jpg", ".jpg.png") for name in names)}
