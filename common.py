@@ -86,7 +86,7 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{path}: {mask.size} pixels for an upright image of {image_size}; give both one aspect ratio")
     one_band = mask.mode in ("1", "L", "I", "F") or mask.mode.startswith("I;16")
     values = np.asarray(mask if one_band else mask.convert("RGB")).reshape(mask.height, mask.width, -1)
-    values = (values > 127 if mask.format in ("JPEG", "WEBP") else values != 0).any(2)  # these two ring at edges
+    values = (values > 127 if mask.format in ("JPEG", "MPO", "WEBP") else values != 0).any(2)  # JPEG rings at edges
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
 
@@ -112,7 +112,6 @@ def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int 
             peaks.append(int(images[index].max()) if image.mode.startswith("I;16") else -1)
         except ValueError as error:
             faults.append(str(error))  # the error itself would hold the file open
-
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(read, range(len(paths))))
     if faults:
@@ -131,7 +130,6 @@ def list_images(folder: Path | str) -> list[Path]:
     """
     def refuse(error: OSError):
         raise error
-
     folder, files, seen = Path(folder), [], set()
     if not os.path.lexists(folder):
         raise ValueError(f"{folder}: no such file or folder; check the path")
@@ -139,15 +137,15 @@ def list_images(folder: Path | str) -> list[Path]:
         return [folder]
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)  # a link to a folder above would never end
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and real not in seen)
-        files += [Path(parent, name) for name in names if not name.startswith(".") and real not in seen]
+        folders[:] = [] if real in seen else sorted(name for name in folders if name[0] != ".")
+        files += [] if real in seen else [Path(parent, name) for name in names if name[0] != "."]
         seen.add(real)
     found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
         raise ValueError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
     others = sorted(path.name for path in set(files) - set(found))
     if others:
-        print(f"{folder}: passed over {len(others)} files that are no images, such as {others[0]}", file=sys.stderr)
+        print(f"{folder}: files of other kinds passed over: {len(others)}, such as {others[0]}", file=sys.stderr)
     return found
 
 
@@ -159,9 +157,8 @@ class TestImage(NamedTuple):
 
 
 class Category(NamedTuple):
-    """One product: its normal training images and its test images."""
     name: str
-    train: list[Path]
+    train: list[Path]  # normal images
     test: list[TestImage]
 
 
@@ -188,8 +185,8 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
     def key(path: Path, top: Path) -> str:
         return MASK_ENDING.sub("", path.relative_to(top).with_suffix("").as_posix().lower())
 
-    masks, found = {key(m, truth): m for m in (list_images(truth) if truth and any(truth.iterdir()) else [])}, []
-    images = list_images(folder)
+    marked = list_images(truth) if truth and any(names for *_, names in os.walk(truth, followlinks=True)) else []
+    masks, found, images = {key(mask, truth): mask for mask in marked}, [], list_images(folder)
     plain = {key(path, folder) for path in images if not MASK_ENDING.search(path.stem.lower())}
     for path in images:
         if path.parent == folder:
@@ -221,12 +218,15 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
         return Category(os.path.basename(os.path.abspath(folder)),  # a link's own name, not its target's
                         normal_images(child(train, *NORMAL) or train) if training else [],
                         test_images(test, child(folder, "ground_truth", "groundtruth", "masks")) if test else [])
-
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a' if os.path.lexists(folder) else 'no such'} folder; check the path")
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
-    found = list(filter(None, [category(folder)])) or list(filter(None, map(category, below)))
+    whole = category(folder)
+    below = [] if whole else sorted(filter(Path.is_dir, folder.glob("[!.]*")))
+    found = [whole] if whole else list(filter(None, map(category, below)))
+    others = sorted({path.name for path in below} - {kept.name for kept in found})
+    if found and others:
+        print(f"{folder}: no categories, so passed over: {', '.join(others)[:500]}", file=sys.stderr)
     if not found and not training:
         raise ValueError(f"{folder}: holds no test/; evaluation needs test/good and test/DEFECT")
     return found or [Category(os.path.basename(os.path.abspath(folder)), normal_images(folder), [])]
@@ -235,7 +235,7 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 def connected_regions(mask: Tensor) -> Tensor:
-    """Labels 1, 2, ... of the 8-connected regions of a mask (H, W); 0 is outside. Pixel numbers spread by maxima."""
+    """Labels 1, 2, ... of the 8-connected regions of a mask (H, W), else 0. Pixels take their largest neighbour's."""
     regions = torch.zeros(mask.shape, dtype=torch.int64)
     if mask.any():
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
@@ -243,7 +243,7 @@ def connected_regions(mask: Tensor) -> Tensor:
         number, spread = inside, torch.arange(1, inside.numel() + 1).view_as(inside) * inside
         while not torch.equal(number, spread):
             number, spread = spread, torch.nn.functional.max_pool2d(spread, 3, stride=1, padding=1) * inside
-            spread = torch.nn.functional.pad(spread.flatten(), (1, 0))[spread.long()]  # what that pixel has by now
+            spread = torch.nn.functional.pad(spread.flatten(), (1, 0))[spread.long()]  # on to that pixel's own number
         regions[mask] = number[inside > 0].unique(return_inverse=True)[1] + 1
     return regions
 

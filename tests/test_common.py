@@ -36,7 +36,6 @@ def refusal(call, *arguments, **options) -> str:
 
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
-
 def grey(array):
     return np.stack([array] * 3, axis=-1)
 
@@ -260,7 +259,6 @@ def test_load_images(tmp_path, capsys):
 
 
 # --- Data sets --------------------------------------------------------------------------------------------------------
-
 def lay_out(folder, *names, links=()):
     """Creates empty files below the folder, and links, a dict from name to target. Returns the folder."""
     for name in (*names, *links):
@@ -272,7 +270,7 @@ def lay_out(folder, *names, links=()):
 def test_list_images(tmp_path, capsys, monkeypatch):
     lay_out(tmp_path, "b.PNG", "a/c.JpG", "a/.hidden.png", ".git/d.png", "z.tiff", "README", "a/x.db", "x.png/.keep")
     assert common.list_images(tmp_path) == [tmp_path / name for name in ("a/c.JpG", "b.PNG", "z.tiff")]
-    assert f"{tmp_path}: passed over 2 files that are no images, such as README\n" == capsys.readouterr().err
+    assert f"{tmp_path}: files of other kinds passed over: 2, such as README\n" == capsys.readouterr().err
     assert common.list_images(str(tmp_path / "README")) == [tmp_path / "README"]
     for path, words in ((tmp_path / "x.png", "no images"), (tmp_path / "nowhere", "no such"), ("x" * 300, "no such")):
         assert words in refusal(common.list_images, path) and str(path) in refusal(common.list_images, path)
@@ -320,7 +318,7 @@ def test_mvtec_layout_in_any_case(train, test, truth, good, mask, tmp_path, caps
     assert capsys.readouterr().err == f"{cap / truth}: 3 masks fit no test image: 0.png, cut/00.png, cut/0_mask2.png\n"
 
 
-def test_links_categories_below_and_plain_folders(tmp_path, monkeypatch):
+def test_links_categories_below_and_plain_folders(tmp_path, monkeypatch, capsys):
     lay_out(tmp_path, "disk/OK/0.png", "disk/NG/1.png", "disk/masks/1.bmp", "set/license.txt", "set/empty/x.txt",
             "set/.trash/train/0.png", "set/nut/train/0.png", "set/nut/train/1.jpg", links={
                 "cap/train/good": "disk/OK", "cap/test/good": "disk/OK", "cap/test/cut": "disk/NG",
@@ -330,18 +328,20 @@ def test_links_categories_below_and_plain_folders(tmp_path, monkeypatch):
              (bolt / "test/good/0.png", Path("good/0.png"), "good", None)]
     assert common.find_categories(tmp_path / "set") == [("bolt", [bolt / "train/good/0.png"], tests),
                                                         ("nut", [nut / "train/0.png", nut / "train/1.jpg"], [])]
+    assert capsys.readouterr().err == f"{tmp_path / 'set'}: no categories, so passed over: empty\n"
     lay_out(tmp_path, "disk/OK/0.bmp")  # with 0.png it would be taken for a mask, but evaluation ignores train/
     tests.insert(1, (bolt / "test/good/0.bmp", Path("good/0.bmp"), "good", None))
     for folder in (tmp_path / "set", bolt):
         assert common.find_categories(folder, training=False) == [("bolt", [], tests)]
     assert "test/DEFECT" in refusal(common.find_categories, nut, training=False)
-    names = [".a_mask.png", "a.png", "a2.png", "a_b.png", "a_masked.png", "gt.png", "mask_a.png", "notes.txt"]
+    (lay_out(tmp_path / "flat", "train/0.png", "test/good/1.png") / "masks/dent").mkdir(parents=True)  # no masks yet
+    assert common.find_categories(tmp_path / "flat")[0].test[0].mask is None
+    names = [".a_mask.png", "a.png", "a2.png", "a_b.png", "gt.png", "mask_a.png", "notes.txt"]
     monkeypatch.chdir(lay_out(tmp_path / "plain", *names))
     assert common.find_categories(".") == [("plain", [Path(name) for name in names[1:-1]], [])]
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
-
 def expected_metrics(scores, regions, limit=0.3):
     """By loops over pairs, and over the distinct scores as thresholds, from the highest down."""
     labels, points, f1, ap, area = regions > 0, [(0.0, 0.0, 0.0, 1.0)], {}, 0.0, 0.0
@@ -429,7 +429,6 @@ def test_write_csv(tmp_path):
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------
-
 def test_panel_and_panels():
     image, part, mask = torch.tensor(RGB).permute(2, 0, 1), torch.rand(3, 16, 16), torch.rand(1, 16, 16) > 0.5
     assert np.array_equal(common.panel(image), RGB) and np.array_equal(common.panel(image / 255), RGB)
@@ -476,7 +475,6 @@ def test_page(width, scale):
 
 
 # --- The toy product --------------------------------------------------------------------------------------------------
-
 def test_the_toys_mask_is_where_its_defect_shows():
     """The checksums are the same under Pillow 10.4 and 13.0. Where they change, README's figures of the toy do."""
     checksums = {"scratch": 3921818908, "stain": 1822423991, "missing": 3304646228, "good": 4276369556}
