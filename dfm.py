@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 PUBLISHED = {
     "size": 256,             # side of the square images, in pixels (anomalib)
+    "batch": 8,              # images a forward pass; changes no result
     "backbone": "resnet50",  # anomalib
     "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
@@ -72,7 +73,7 @@ class PCA(nn.Module):
         return self.keep(*principal_axes(features))
 
     def keep(self, mean: Tensor, coordinates: Tensor, axes: Tensor) -> "PCA":
-        """fit for one who has the principal axes."""
+        """fit, from what principal_axes returned."""
         variance = coordinates.square().sum(0).cumsum(0)  # of the first 1, 2, ... components
         count = 1 + int((variance < self.share * (1 - 1e-12) * variance[-1]).sum()) if self.share < 1 else len(axes)
         self.mean, self.components = mean, axes[:count].clone()
@@ -262,7 +263,7 @@ class DFMModel(nn.Module):
         map_top     the upper end of the map's colour scale: twice the median of the held-out maps' maxima. Without
                     such maps: the largest |f - mu|^2 at a grid position, as if no component were kept
         """
-        features = _as_maps(features).to(self.map_top.device)
+        features = as_maps(features).to(self.map_top.device)
         labels = torch.zeros(len(features)) if labels is None else torch.as_tensor(labels).flatten().cpu()
         if not len(features) or len(labels) != len(features):
             raise ValueError(f"labels: {len(labels)} for {len(features)} samples; as many are needed, and at least one")
@@ -317,7 +318,7 @@ class DFMModel(nn.Module):
         """
         if not self.pca:
             raise ValueError("the model is not fitted: fit it, or load a fitted one")
-        features = _as_maps(features)
+        features = as_maps(features)
         if self.score_type == "nll":
             nll = [gaussian.score_samples(pca.transform(features)) for pca, gaussian in zip(self.pca, self.gaussian)]
             return torch.stack(nll).amin(0), None  # of densities whose dimensions may differ from class to class
@@ -341,7 +342,7 @@ class DFMModel(nn.Module):
         return prediction
 
 
-def _as_maps(features: Tensor) -> Tensor:
+def as_maps(features: Tensor) -> Tensor:
     if features.ndim not in (2, 4):
         raise ValueError(f"features of shape (n, C, h, w) or (n, d) are needed, got {tuple(features.shape)}")
     return features if features.ndim == 4 else features[:, :, None, None]
@@ -368,7 +369,7 @@ def read_weights(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise ValueError(f"{path}: {error.strerror or error}; a file is needed, such as last.pt") from None
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
                          "dict, or the .ckpt of anomalib 2") from None
@@ -408,15 +409,15 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
         try:
             state = torch.hub.load_state_dict_from_url(path, map_location="cpu", check_hash=True, weights_only=True)
         except Exception as error:  # no network, no such page, a wrong hash, a damaged file in the cache
-            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); three ways on: a file "
-                             "(--weights FILE), internet, or, for a trial alone, --weights random") from None
+            raise ValueError(f"{path}: download failed ({' '.join(str(error).split())}); fetch it elsewhere and "
+                             "give --weights FILE, or, for a trial alone, --weights random") from None
     else:
         content = read_weights(path)
         state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     state = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", *LAYERS[len(model.layers):]))}
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
-    return build(lambda: model, counters | state, f"--backbone {model.name}", path)
+    return build(lambda: model, counters | state, f"--backbone {model.name} --layer {model.layers[-1]}", path)
 
 
 def load(path: str | Path) -> DFMModel:

@@ -87,7 +87,7 @@ PUBLISHED = {  # from the paper, where no other source is named
     "reconstruction_lambda": 10.0,  # weight of MSE(I, I_spc)
     # stage 3
     "upsampling_steps": 20_000,     # at a constant rate, with a new Adam; the code has 50,000 (epochs // 2; S3)
-    "upsampling_rotate_share": 0.3,  # the same in stage 3 (the code)
+    "upsampling_rotate_share": 0.3,  # share of normal images rotated in stage 3 (the code)
     "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; DRAEM's and DSR's code: (0.2, 1]
     "window": 21,                   # side of the score's mean filter at 256 x 256 (the code; S10)
 }
@@ -110,7 +110,7 @@ def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, lambd
     """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
     All K codes are sorted by distance. Candidates are the first int(lambda_s * K) + 1 without the first int(0.05 * K),
-    all equally likely; lambda_s (N,). So does the code (train_dsr.py:31-45), but K - 1 caps the first number (S4).
+    all equally likely; lambda_s (N,). The code does so (train_dsr.py:31-45), its first number at most K - 1 (S4).
     The paper (4.4) and the code sort by distance from the unquantized feature. Here `ranked`, rank_codes(codebook),
     sorts by distance from the position's own code: a swap is a look-up in a table made once.
     """
@@ -855,7 +855,7 @@ def read_weights(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
+        raise ValueError(f"{path}: {error.strerror or error}; a file is needed, such as last.pt") from None
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
                          "dict, or the .ckpt of anomalib 2") from None
