@@ -48,14 +48,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="method", required=True, metavar="{draem,dsr,dfm}")
     for method, module in METHODS.items():
         published = module.PUBLISHED
-        add = commands.add_parser(method, prog=f"train.py {method}", usage=argparse.SUPPRESS,
+        add = commands.add_parser(method, prog=f"train.py {method}", usage=argparse.SUPPRESS, allow_abbrev=False,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
         add("--data", type=Path, help="a category in MVTec's layout, a folder of such, or normal images; else a toy")
         add("--out", type=Path, default="runs", help="root of the run folders")
         add("--size", type=int, help=f"images become squares of this side, {published['size']} if not given")
-        add("--antialias", action=argparse.BooleanOptionalAction, help="the default; without, as the authors do")
+        add("--antialias", action=argparse.BooleanOptionalAction, help="yes if not given; no: as the authors' code")
         add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that fills a part of 16-bit grey files")
-        add("--batch", type=int, default=published.get("batch", 8), help="images a step")
+        add("--batch", type=int, default=published["batch"], help="images a step")
         add("--seed", type=int, default=0, help="of initial weights and all random numbers")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
         add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the networks")
@@ -81,31 +81,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             add("--backbone", choices=tuple(dfm.RESNETS), default=published["backbone"], help="pretrained network")
             add("--layer", choices=dfm.LAYERS, default=published["layer"], help="whose features are taken")
             add("--pooling", type=int, default=published["pooling"], help="side of the average pooling")
-            add("--share", type=float, default=published["share"], help="of the variance, that PCA keeps")
+            add("--share", type=float, default=published["share"], help="of the variance, kept by PCA")
             add("--score", choices=("fre", "nll"), default=published["score"], help="nll, a likelihood, has no map")
             add("--weights", help="torchvision's weights from a file, or 'random'; else a download")
         else:
             add("--lr", type=float, default=published["lr"], help="learning rate before its drops")
             add("--rotate", type=float, default=published["rotate"], help="normal images by up to these degrees")
-
     args = parser.parse_args(argv)
-    toy = not (args.data or args.checkpoint)
+    toy, command = not (args.data or args.checkpoint or args.predict), commands.choices[args.method]
     if toy:
-        commands.choices[args.method].set_defaults(data=common.make_toy("data/toy"), **TOY[args.method])
+        command.set_defaults(data=Path("data/toy"), **TOY[args.method])
         args = parser.parse_args(argv)
     size, least = args.size or METHODS[args.method].PUBLISHED["size"], 64 if args.method == "dsr" else 32
+    used = "method batch precision data out device resume checkpoint predict threshold codebook".split()
+    others = [name for name in sorted({*vars(args)} - {*used}) if getattr(args, name) != command.get_default(name)]
     refused = {
         "--predict needs --checkpoint FILE, the weights to apply": args.predict and not args.checkpoint,
-        "--checkpoint needs --data DIR to evaluate on, or --predict PATH": not args.predict and not args.data,
-        "--size, --antialias and --bits are those of --checkpoint; leave them out":
-            args.checkpoint and (args.size or args.bits or args.antialias is not None),
+        "--checkpoint needs --data DIR or --predict PATH": args.checkpoint and bool(args.data) == bool(args.predict),
+        f"--checkpoint has no use for {', '.join(others)}; leave it out": args.checkpoint and others,
         "--pretrain trains a codebook and --codebook gives one; choose": getattr(args, "pretrain", 0) and args.codebook,
         f"--size {size}: {least} or more is needed, in steps of 32": size % 32 or size < least}
     low = {"seed": -math.inf, "width": 2, "hiddens": 2}  # networks of half a width are among them
     refused |= {f"--{name.replace('_', '-')} {value}: {low.get(name, 1)} or more is needed": value < low.get(name, 1)
                 for name, value in vars(args).items() if type(value) is int}
     for message in filter(refused.get, refused):
-        commands.choices[args.method].error(message)
+        command.error(message)
     device, precision = hardware(args)
     preprocessing = {"size": size, "antialias": args.antialias is not False, "bits": args.bits or 16}
     settled = vars(args) | preprocessing | {"device": device, "precision": precision}
@@ -128,7 +128,7 @@ def hardware(args: argparse.Namespace) -> tuple[torch.device, str]:
         raise ValueError(f"--device {args.device}: {str(error).splitlines()[0]}; {torch.cuda.device_count()} GPUs for "
                          f"{WORLD} processes; --device cpu works anywhere") from None
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = args.method != "dfm"
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means float32; bf16 is the fast one
     if args.precision != "auto":
         return device, args.precision
     if args.method == "dfm":  # the likelihood weighs the directions of least variance most, where rounding would show
@@ -142,7 +142,7 @@ def hardware(args: argparse.Namespace) -> tuple[torch.device, str]:
 # --- A run's folder ---------------------------------------------------------------------------------------------------
 
 class Run:
-    """The folder of one training, and what its last.pt holds. ValueError if that is not to be gone on with."""
+    """The folder of one training and the content of its last.pt. ValueError where that cannot be continued."""
 
     def __init__(self, folder: Path, settings: dict, resume: bool):
         self.folder, self.last = folder, folder / "last.pt"
@@ -178,7 +178,7 @@ class Run:
 # --- The training loop ------------------------------------------------------------------------------------------------
 
 def train(run: Run, model: nn.Module, parameters, sample, stage: str, steps: int, drops: tuple, args) -> None:
-    """Takes the steps of one stage that the run lacks. sample(generator) gives what model.losses takes before it."""
+    """Takes the steps of one stage that the run lacks. model.losses gets sample(generator), then the generator."""
     start = run.steps.get(stage, 0)
     if start == steps:
         return
@@ -270,7 +270,7 @@ def load_textures(args: argparse.Namespace) -> Tensor | None:
     found = [root / name for root in roots for name in ("dtd/images", "dtd") if (root / name).is_dir()]
     folder = args.textures or next(iter(found), None)
     print(f"textures: {folder or 'coloured noise; the published results need DTD, --textures dtd/images'}")
-    return folder and common.load_images(common.list_images(folder), **args.preprocessing).to(args.device)
+    return common.load_images(common.list_images(folder), **args.preprocessing).to(args.device) if folder else None
 
 
 def train_draem(images: Tensor, textures: Tensor | None, run: Run, args: argparse.Namespace) -> nn.Module:
@@ -282,9 +282,8 @@ def train_draem(images: Tensor, textures: Tensor | None, run: Run, args: argpars
     return model
 
 
-def train_dsr(images: Tensor, codebook: Path | None, run: Run, args: argparse.Namespace) -> nn.Module:
-    model = (dsr.load(run.last) if run.steps else
-             dsr.DsrModel(dsr.load_codebook(codebook), args.width, rotate=args.rotate))
+def train_dsr(images: Tensor, path: Path | None, run: Run, args: argparse.Namespace) -> nn.Module:
+    model = dsr.load(run.last) if run.steps else dsr.DsrModel(dsr.load_codebook(path), args.width, rotate=args.rotate)
     model = to_device(model, args)
     sample = functools.partial(choose, [images], args)
     train(run, model, model.begin(2), sample, "detection", args.steps, dsr.PUBLISHED["drops"], args)
@@ -293,19 +292,18 @@ def train_dsr(images: Tensor, codebook: Path | None, run: Run, args: argparse.Na
 
 
 def pretrain_dsr(args: argparse.Namespace) -> Path:
-    """Stage 1 of DSR, or what its folder lacks: the codebook's path. Images are read in every step, a batch ahead."""
+    """Trains stage 1 of DSR, or what its folder lacks of it; returns its path. Images are read a batch ahead."""
     source = args.pretrain or args.data / "train" / "good"
     paths = common.list_images(source)
     later = dict.fromkeys(("batch", "steps", "upsampling_steps", "width", "rotate"))  # settings of stages 2 and 3
-    settings = args.settings | later | {"images": len(paths), "bytes": sum(path.stat().st_size for path in paths)}
-    run = Run(args.out / "dsr" / f"codebook-{'toy' if args.toy else source.resolve().name}", settings, resume=True)
+    name = source.resolve().name if args.pretrain else "toy"
+    run = Run(args.out / "dsr" / f"codebook-{name}", args.settings | later | {"images": len(paths)}, resume=True)
     if WORLD > 1 and run.steps.get("codebook") != args.pretrain_steps:
         raise ValueError("--pretrain is one process's work: run it without torchrun first")
     torch.manual_seed(args.seed)  # initial weights
     latent = dsr.load_codebook(run.last) if run.steps else dsr.DiscreteLatentModel(
         args.hiddens, residual_hiddens=args.hiddens // 2, codes=args.codes, code_length=args.hiddens)
     latent = to_device(latent, args).train()
-
     steps = range(run.steps.get("codebook", 0), args.pretrain_steps)
     generators = (torch.Generator().manual_seed(zlib.crc32(f"{args.seed} images {step}".encode())) for step in steps)
     indices = (torch.randint(len(paths), (args.pretrain_batch,), generator=own).tolist() for own in generators)
@@ -315,10 +313,9 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     def sample(generator: torch.Generator) -> list[Tensor]:
         image = torch.stack(next(batches))
         image = to_float(image.pin_memory() if args.device.type == "cuda" else image, args)
-        if args.toy:  # in place of ImageNet: codes learned from the product alone cannot represent a defect
+        if not args.pretrain:  # the toy, for ImageNet: codes learned from the product alone cannot represent a defect
             image, _ = draem.synthesize_anomalies(image, None, generator, normal_share=0.2)
         return [image]
-
     train(run, latent, list(latent.parameters()), sample, "codebook", args.pretrain_steps, (), args)
     return run.last
 
@@ -330,7 +327,8 @@ def fit_dfm(images: Tensor, _, run: Run, args: argparse.Namespace) -> nn.Module:
     model = to_device(model, args).eval()
     with args.autocast():
         model.fit(torch.cat([model.features(to_float(image, args)) for image in images.split(args.batch)]))
-    print(f"{len(model.pca[0].components)} components of {model.pca[0].mean.numel()} values")
+    components = model.pca[0].components
+    print(f"{len(components)} components of {components.shape[1]} values, threshold {model.threshold:.4g}")
     run.steps["fit"] = 1
     run.save(model, "dfm")
     return model
@@ -344,7 +342,7 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
         try:
             photo = common.open_upright(item.path)
             image = common.to_tensor(photo, **model.preprocessing)
-            return item, image, item.mask and common.read_mask(item.mask, len(image[0]), photo.size)
+            return item, image, common.read_mask(item.mask, len(image[0]), photo.size) if item.mask else None
         except ValueError as error:
             print(f"train.py: {error}", file=sys.stderr)
 
@@ -370,25 +368,27 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
 
 def evaluate(model: nn.Module, category: common.Category, run: Run, args: argparse.Namespace) -> dict:
     """Metrics of the test set, with the last weights. Writes maps/, summary.png, scores.csv and, last, metrics.json."""
-    kinds, shown, rows, maps, masks = {}, {}, [], [], []
+    kinds, shown = {}, {}
+    rows, maps, masks = [], [], []
     for item, score, row, anomaly_map, mask in predictions(model.eval(), category.test, run.folder / "maps", args):
         rows.append((item.path, int(item.defect != "good"), score))
         scores = kinds.setdefault(item.defect, [])
         scores.append(score)
-        if score == max(scores):
-            shown[item.defect, "highest"] = row
-        if score == min(scores):
-            shown[item.defect, "lowest"] = row
+        for end, extreme in (("highest", max), ("lowest", min)):
+            if score == extreme(scores):
+                shown[item.defect, end] = row
         if anomaly_map is not None and mask is not None and (mask.any() or item.defect == "good"):
             maps.append(anomaly_map)
             masks.append(mask)
     if shown:
-        pages = [shown[kind, end] for kind, end in sorted(shown) if end == "highest" or len(kinds[kind]) > 1]
-        common.page(pages).save(run.folder / "summary.png")
+        once = {row[0]: row for _, row in sorted(shown.items())}  # a single image is both
+        common.page([*once.values()]).save(run.folder / "summary.png")
+    if not category.test:
+        print(f"{category.name}: no test images, so no metrics; next: --checkpoint {run.last} --predict PATH")
     common.write_csv(run.folder / "scores.csv", "w", [("path", "label", "score"), *rows])  # pixel metrics need memory
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
-    good, metrics = kinds.get("good", []), {"kinds": {}, "tested": len(rows)}
-    metrics["unreadable"] = len(category.test) - len(rows)
+    good = kinds.get("good", [])
+    metrics = {"kinds": {}, "tested": len(rows), "unreadable": len(category.test) - len(rows)}
     for kind, scores in kinds.items():
         report = metrics["kinds"][kind] = {"count": len(scores)}
         if good and kind != "good":
@@ -415,9 +415,9 @@ def predict(model: nn.Module, folder: Path, args: argparse.Namespace) -> int:
     scores, count = folder / "scores.csv", 0
     folder.mkdir(parents=True, exist_ok=True)
     common.write_csv(scores, "a", [] if scores.exists() else [("path", "score", "decision", "checkpoint")])
-    print(f"pictures and scores.csv: {folder}", file=sys.stderr)
+    print(f"pictures and scores.csv: {folder}; threshold: {threshold:.6g}", file=sys.stderr)
     for item, score, *_ in predictions(model.eval(), items, folder, args):
-        decision = "" if math.isnan(threshold) else "defective" if score >= threshold else "normal"
+        decision = "" if math.isnan(threshold) else ("normal", "defective")[score >= threshold]
         print(f"{item.path} {score:.6f} {decision}".rstrip(), flush=True)
         common.write_csv(scores, "a", [(os.path.abspath(item.path), score, decision, args.checkpoint)])
         count += 1
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.checkpoint}: {args.method}, reads images as {model.preprocessing}", file=sys.stderr)
     if args.predict:
         return predict(model, root / "predictions", args)
-    categories = common.find_categories(args.data, training=not model)
+    categories = common.find_categories(common.make_toy(args.data) if args.toy else args.data, training=not model)
     learn, extra = {"draem": train_draem, "dsr": train_dsr, "dfm": fit_dfm}[args.method], None
     if args.method == "draem" and not model:
         extra = load_textures(args)
@@ -462,7 +462,6 @@ def main(argv: list[str] | None = None) -> int:
             draem.AUGMENTATIONS = tuple(map(torch.compile, draem.AUGMENTATIONS))
     if args.method == "dsr" and not model:
         extra = pretrain_dsr(args) if args.pretrain or args.toy and not args.codebook else args.codebook
-
     results = {}
     for category in categories[RANK::WORLD]:
         counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}

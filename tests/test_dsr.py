@@ -406,7 +406,8 @@ def test_few_distances_are_held_at_once(on_gpu, most, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stage", [2, 3])
-def test_on_a_gpu_a_step_never_makes_the_host_wait_and_predictions_are_the_cpus(stage):
+def test_on_a_gpu_a_step_never_makes_the_host_wait_and_predictions_are_the_cpus(stage, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x, model, generator = image(1, 4, 3, 64, 64), small(), seeded(0, "cuda")
     expected, model = model.predict(x), model.cuda().to(memory_format=torch.channels_last)
     close({name: value.cpu() for name, value in model.predict(x.cuda()).items()}, expected, rtol=1e-2, atol=1e-2)

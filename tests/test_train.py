@@ -447,9 +447,9 @@ MISTAKES = {  # arguments: pattern of the message; words in capitals are replace
     "DRAEM --data DATA --device cuda": "--device cuda: .* 0 GPUs for 1 processes; --device cpu",
     "DRAEM --data DATA --device gpu": "--device gpu: .*cpu", "DRAEM --data DATA --device meta": "--device meta: .*cpu",
     "DRAEM --data DATA --out text/file": "text/file", "draem --data DATA --predict DATA": "needs --checkpoint",
-    "draem --checkpoint LAST --data DATA --size 32": "--size, --antialias and --bits are those of --checkpoint",
-    "draem --checkpoint LAST --data DATA --bits 16": "are those of --checkpoint",
-    "draem --checkpoint LAST --predict DATA --no-antialias": "are those of --checkpoint",
+    "draem --checkpoint LAST --data DATA --size 32 --bits 16 --lr 1": "--checkpoint has no use for bits, lr, size; ",
+    "draem --checkpoint LAST --predict DATA --no-antialias --seed 1": "no use for antialias, seed",
+    "draem --checkpoint LAST --predict DATA --data DATA": "--data DIR or", "DRAEM --data DATA --step 9": "unrecognized",
     "draem --checkpoint half.pt --data DATA": "half.pt: ", "dfm --checkpoint LAST --data DATA": "last.pt: .*draem",
     "draem --checkpoint LAST --data DATA/train": "no test/", "draem --checkpoint LAST --predict gone": "gone: no such"}
 
@@ -508,7 +508,7 @@ def test_device_and_automatic_precision(given, method, has, expected, monkeypatc
     device, precision = train.hardware(SimpleNamespace(device=given, method=method, precision="auto"))
     assert f"{device} {precision}".removeprefix("cpu ") == expected and tried == [device]
     assert chosen == [device] * given.startswith("cuda") and torch.backends.cudnn.benchmark
-    assert torch.backends.cudnn.allow_tf32 == (method != "dfm")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("argv, count", [([*DRAEM, "--steps", "1"], 2), (DFM, 0), (DSR, 3 + 2 * 9)])
@@ -546,8 +546,8 @@ def test_a_codebook_is_made_once_by_one_process_and_refused_for_other_images(dat
     more = ["--width", 6, "--steps", 2, "--batch", 1, "--rotate", 0, "--upsampling-steps", 1]
     assert command(*argv, *more)[0] == 0 and files_in(book.parent) == made
     assert "run it without torchrun first" in mistake(command(*argv, "--out", "two"))
-    other = draw_data("train", seed=9, good=0, defects=())  # a folder of the same name, with as many images
-    assert "codebook-train/last.pt: bytes was" in mistake(command(*argv, "--pretrain", other))
+    other = draw_data("train", good=0, defects=(), train=6)  # a folder of the same name
+    assert "codebook-train/last.pt: images was 5, not 6" in mistake(command(*argv, "--pretrain", other))
     assert "codes was 21, not 22" in mistake(command(*argv, "--codes", 22))
     monkeypatch.setattr(dsr, "fetch_codebook", lambda: book)
     for out, more in (("given", ["--codebook", book]), ("published", [])):
@@ -609,7 +609,7 @@ def test_summary_has_of_each_kind_the_highest_and_the_lowest_score(argv, masks, 
     status, out, _ = command(*argv, "--data", draw_data("weave", masks=masks))
     for kind in ("dirt", "good", "hole"):
         found = [float(row["score"]) for row in read(folder / "scores.csv") if f"/{kind}/" in row["path"]]
-        expected += [[kind, f"{max(found):.3f}"], [kind, f"{min(found):.3f}"]]
+        expected += [[kind, f"{end:.3f}"] for end in sorted({min(found), max(found)}, reverse=True)]
     assert status == 0 and [caption.split("\n")[:2] for caption, _ in pages[-1]] == expected
     assert all(list(row) == headings + ["truth"] * (masks or "good" in caption) for caption, row in pages[-1])
     assert (folder / "maps").exists() == ("anomaly map" in headings)
@@ -708,7 +708,7 @@ def test_a_gpu_computes_what_the_cpu_computes(monkeypatch):
         assert apart.float().mean() < 1e-3, function
     for model in (draem.DraemModel(16).eval(), dsr.DsrModel(width=16).eval()):
         expected, model = model.predict(image), model.cuda().to(memory_format=torch.channels_last)
-        for bf16, limit in ((False, 2e-3), (True, 0.1)):
+        for bf16, limit in ((False, 2e-3), (True, 0.2)):
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 found = model.predict(image.cuda())
             assert all((part - found[name].float().cpu()).abs().mean() < limit for name, part in expected.items())
