@@ -392,7 +392,7 @@ def build(make, state: dict, kind: str, path: str | Path) -> nn.Module:
         model = make()
         model.load_state_dict(state)
     except Exception as error:  # unknown settings, other keys or shapes, values that are no tensors
-        raise ValueError(f"{path}: does not fit {kind}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(f"{path}: does not fit {kind}: {' '.join(str(error).split())[:120]}") from None
     if not all(value.isfinite().all() for key, value in model.state_dict().items() if key != "threshold"):
         raise ValueError(f"{path}: holds NaN or infinity")
     return model
@@ -417,7 +417,7 @@ def load_resnet(model: ResNet, path: str | Path | None = None) -> ResNet:
     state = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith(("fc.", *LAYERS[len(model.layers):]))}
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
-    return build(lambda: model, counters | state, f"--backbone {model.name} --layer {model.layers[-1]}", path)
+    return build(lambda: model, counters | state, f"--backbone {model.name} up to {model.layers[-1]}", path)
 
 
 def load(path: str | Path) -> DFMModel:
