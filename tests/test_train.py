@@ -219,20 +219,21 @@ def test_dsr_is_trained_by_its_recipe(data, command):
 def test_dfm_is_fitted_to_all_images_and_decides_by_its_own_threshold(data, command):
     options = "--layer layer2 --pooling 3 --share 0.5 --seed 3".split()
     said = command(*DFM, "--data", data, *options)[1]
-    assert "components of 512 values" in said
     assert re.search(r"^weave: hole  count 3  image auroc \S+  threshold \S+  called defective \d$", said, re.M)
     torch.manual_seed(3)
     model, last = dfm.DFMModel("resnet18", "layer2", False, 3, 0.5).eval(), "runs/dfm/weave/last.pt"
     model.fit(model.features(read_all(data.glob("train/*/*"), 64) / 255))
     found, limit = [float(row["score"]) for row in read("runs/dfm/weave/scores.csv")], dfm.load(last).threshold.item()
     score = model.predict(read_all(data.glob("test/*/*"), 64) / 255)["score"].tolist()
+    assert f"components of 512 values, threshold {limit:.4g}\n" in said
     assert [*found, limit] == pytest.approx([*score, model.threshold.item()], rel=1e-4)
     decisions = ["defective" if value >= limit else "normal" for value in found]
     for first, report in zip((0, 3, 6), read("runs/dfm/weave/metrics.json")["kinds"].values()):
         called = decisions[first:first + 3].count("defective")
         assert (report["threshold"], report["called_defective"]) == (limit, called)
-    out = command("dfm", "--checkpoint", last, "--predict", data / "test", *CPU)[1]
+    out, err = command("dfm", "--checkpoint", last, "--predict", data / "test", *CPU)[1:]
     assert [line.split()[2] for line in out.splitlines()] == decisions and len(set(decisions)) == 2
+    assert err.endswith(f"pictures and scores.csv: runs/dfm/predictions; threshold: {limit:.6g}\n")
 
 
 @pytest.mark.parametrize("argv, shown", [([*DRAEM, "--steps", 2], "augmented"), (DSR, "general")])
@@ -383,7 +384,8 @@ def test_what_cannot_be_read_is_named_left_out_and_tried_again(command, monkeypa
     assert command(*argv, "--resume")[::2] == (0, "") and "pixel_f1" in read(folder / "metrics.json")
     assert command(*DFM, "--data", draw_data("bad", good=0, train=4))[0] == 0  # five give a threshold
     assert read("runs/dfm/bad/metrics.json")["kinds"] == {"dirt": {"count": 3}, "hole": {"count": 3}}
-    assert table_of(command(*DFM, "--data", data / "train/good")[1])["good"] == [None] * 7  # a plain folder of images
+    out = command(*DFM, "--data", data / "train/good")[1]  # a plain folder of images
+    assert table_of(out)["good"] == [None] * 7 and "; next: --checkpoint runs/dfm/good/last.pt --predict PATH\n" in out
 
 
 def test_nothing_of_the_users_is_written_over(trained, command):
@@ -441,12 +443,12 @@ MISTAKES = {  # arguments: pattern of the message; words in capitals are replace
     "": "required", "dfm --score x": "choice: 'x'", "yolo": "choice: 'yolo'", "DFM --data DATA --pooling 64": "pooling",
     "DRAEM --data gone": " gone: no such folder", "DRAEM --data DATA --textures empty": " empty: holds no images",
     "DRAEM --data text": "good/002.png.*; text/train/good/003.png", "DFM --data DATA --batch 0": "0: 1 or more",
-    "DRAEM --data DATA --size 100": "100: 32 or more is needed, in steps of 32", "draem --checkpoint LAST": "--data",
+    "draem --size 100": "100: 32 or more is needed, in steps of 32", "draem --checkpoint LAST": "--data",
     "DSR --data DATA --size 32": "--size 32: 64 or more", "DSR --data DATA --hiddens 1": "--hiddens 1: 2 or more",
     "DSR --data DATA --codebook a --pretrain b": "--codebook .*choose", "DSR --pretrain empty --data DATA": " empty: ",
     "DRAEM --data DATA --device cuda": "--device cuda: .* 0 GPUs for 1 processes; --device cpu",
     "DRAEM --data DATA --device gpu": "--device gpu: .*cpu", "DRAEM --data DATA --device meta": "--device meta: .*cpu",
-    "DRAEM --data DATA --out text/file": "text/file", "draem --data DATA --predict DATA": "needs --checkpoint",
+    "DRAEM --data DATA --out text/file": "text/file", "draem --predict DATA": "needs --checkpoint",
     "draem --checkpoint LAST --data DATA --size 32 --bits 16 --lr 1": "--checkpoint has no use for bits, lr, size; ",
     "draem --checkpoint LAST --predict DATA --no-antialias --seed 1": "no use for antialias, seed",
     "draem --checkpoint LAST --predict DATA --data DATA": "--data DIR or", "DRAEM --data DATA --step 9": "unrecognized",
