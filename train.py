@@ -48,8 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="method", required=True, metavar="{draem,dsr,dfm}")
     for method, module in METHODS.items():
         published = module.PUBLISHED
-        add = commands.add_parser(method, prog=f"train.py {method}", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+        command = commands.add_parser(method, prog=f"train.py {method}", usage=argparse.SUPPRESS, allow_abbrev=False)
+        def add(name: str, help: str, **given) -> None:
+            command.add_argument(name, help=help + " (%(default)s)" * ("default" in given), **given)
         add("--data", type=Path, help="a category in MVTec's layout, a folder of such, or normal images; else a toy")
         add("--out", type=Path, default="runs", help="root of the run folders")
         add("--size", type=int, help=f"images become squares of this side, {published['size']} if not given")

@@ -433,7 +433,7 @@ def test_defaults_are_the_published_settings(capsys):
         with pytest.raises(SystemExit, match="^0$"):
             train.main([method, "--help"])
         words = " ".join(capsys.readouterr().out.split())
-        assert "usage" not in words and all(f"(default: {value})" in words for value in own.values())
+        assert "usage" not in words and "None" not in words and all(f"({value})" in words for value in own.values())
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         with train.parse(["draem", "--data", "x", "--device", "cpu", "--precision", precision]).autocast():
             assert torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == dtype
