@@ -32,7 +32,7 @@ import dsr
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 METHODS = {"draem": draem, "dsr": dsr, "dfm": dfm}
 TOY = {  # replaces the published values where --data is not given, so that minutes on a CPU do
-    "draem": dict(size=64, width=32, steps=600, lr=3e-4),
+    "draem": dict(size=64, width=32, steps=500, lr=3e-4),
     "dsr": dict(size=64, hiddens=32, codes=512, width=16, lr=1e-3, pretrain_steps=2000, pretrain_batch=16, steps=1000,
                 upsampling_steps=300),
     "dfm": dict(backbone="resnet18", pooling=2, weights="random")}
