@@ -86,7 +86,7 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int]) -> Tensor:
         raise ValueError(f"{path}: {mask.size} pixels for an upright image of {image_size}; give both one aspect ratio")
     one_band = mask.mode in ("1", "L", "I", "F") or mask.mode.startswith("I;16")
     values = np.asarray(mask if one_band else mask.convert("RGB")).reshape(mask.height, mask.width, -1)
-    values = (values > 127 if mask.format in ("JPEG", "MPO", "WEBP") else values != 0).any(2)  # JPEG rings at edges
+    values = (values > 127 if mask.format in ("JPEG", "MPO", "WEBP") else values != 0).any(2)  # these ring at edges
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
 
@@ -123,7 +123,7 @@ def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int 
 
 # --- Data sets --------------------------------------------------------------------------------------------------------
 
-def list_images(folder: Path | str) -> list[Path]:
+def list_images(folder: Path | str, may_be_empty: bool = False) -> list[Path]:
     """The images in a folder and its subfolders, sorted, without dot-files. A file gives itself. ValueError for none.
 
     Links are followed, each folder once. A line on stderr counts other files. OSError for an unreadable folder.
@@ -141,9 +141,9 @@ def list_images(folder: Path | str) -> list[Path]:
         files += [] if real in seen else [Path(parent, name) for name in names if name[0] != "."]
         seen.add(real)
     found = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise ValueError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
     others = sorted(path.name for path in set(files) - set(found))
+    if not found and (others or not may_be_empty):
+        raise ValueError(f"{folder}: holds no images; looked for names that end in {' '.join(IMAGE_SUFFIXES)}")
     if others:
         print(f"{folder}: files of other kinds passed over: {len(others)}, such as {others[0]}", file=sys.stderr)
     return found
@@ -185,7 +185,7 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
     def key(path: Path, top: Path) -> str:
         return MASK_ENDING.sub("", path.relative_to(top).with_suffix("").as_posix().lower())
 
-    marked = list_images(truth) if truth and any(names for *_, names in os.walk(truth, followlinks=True)) else []
+    marked = list_images(truth, may_be_empty=True) if truth else []
     masks, found, images = {key(mask, truth): mask for mask in marked}, [], list_images(folder)
     plain = {key(path, folder) for path in images if not MASK_ENDING.search(path.stem.lower())}
     for path in images:
@@ -226,7 +226,7 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
     found = [whole] if whole else list(filter(None, map(category, below)))
     others = sorted({path.name for path in below} - {kept.name for kept in found})
     if found and others:
-        print(f"{folder}: no categories, so passed over: {', '.join(others)[:500]}", file=sys.stderr)
+        print(f"{folder}: not {'trained on' if training else 'tested'}: {', '.join(others)[:500]}", file=sys.stderr)
     if not found and not training:
         raise ValueError(f"{folder}: holds no test/; evaluation needs test/good and test/DEFECT")
     return found or [Category(os.path.basename(os.path.abspath(folder)), normal_images(folder), [])]
@@ -235,7 +235,7 @@ def find_categories(folder: Path | str, training: bool = True) -> list[Category]
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 def connected_regions(mask: Tensor) -> Tensor:
-    """Labels 1, 2, ... of the 8-connected regions of a mask (H, W), else 0. Pixels take their largest neighbour's."""
+    """Labels 1, 2, ... of the 8-connected regions of a mask (H, W), else 0. Pixels take the largest number around."""
     regions = torch.zeros(mask.shape, dtype=torch.int64)
     if mask.any():
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 PUBLISHED = {
     "size": 256,             # side of the square images, in pixels (anomalib)
-    "batch": 8,              # images a forward pass; changes no result
+    "batch": 8,              # images a forward pass, chosen here
     "backbone": "resnet50",  # anomalib
     "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
@@ -369,7 +369,7 @@ def read_weights(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; a file is needed, such as last.pt") from None
+        raise ValueError(f"{path}: {error.strerror or error}; check the path") from None
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
                          "dict, or the .ckpt of anomalib 2") from None
@@ -392,7 +392,7 @@ def build(make, state: dict, kind: str, path: str | Path) -> nn.Module:
         model = make()
         model.load_state_dict(state)
     except Exception as error:  # unknown settings, other keys or shapes, values that are no tensors
-        raise ValueError(f"{path}: does not fit {kind}: {' '.join(str(error).split())[:120]}") from None
+        raise ValueError(f"{path}: does not fit {kind}: {' '.join(str(error).split())[:220]}") from None
     if not all(value.isfinite().all() for key, value in model.state_dict().items() if key != "threshold"):
         raise ValueError(f"{path}: holds NaN or infinity")
     return model

@@ -533,7 +533,7 @@ def read_weights(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; a file is needed, such as last.pt") from None
+        raise ValueError(f"{path}: {error.strerror or error}; check the path") from None
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
                          "dict, or the .ckpt of anomalib 2") from None

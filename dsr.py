@@ -110,7 +110,7 @@ def sample_codebook_anomalies(index: Tensor, ranked: Tensor, mask: Tensor, lambd
     """Swap the codes `index` (N, h, w) under mask (N, 1, h, w) for others of the codebook.
 
     All K codes are sorted by distance. Candidates are the first int(lambda_s * K) + 1 without the first int(0.05 * K),
-    all equally likely; lambda_s (N,). The code does so (train_dsr.py:31-45), its first number at most K - 1 (S4).
+    all equally likely; lambda_s (N,). The code takes at most the first K - 1 (train_dsr.py:31-45; S4).
     The paper (4.4) and the code sort by distance from the unquantized feature. Here `ranked`, rank_codes(codebook),
     sorts by distance from the position's own code: a swap is a look-up in a table made once.
     """
@@ -855,7 +855,7 @@ def read_weights(path: str | Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}; a file is needed, such as last.pt") from None
+        raise ValueError(f"{path}: {error.strerror or error}; check the path") from None
     except Exception:  # a damaged file fails in many ways
         raise ValueError(f"{path}: truncated, no file of torch.save, or one that holds code; give a last.pt, a state "
                          "dict, or the .ckpt of anomalib 2") from None

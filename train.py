@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     refused = {
         "--predict needs --checkpoint FILE, the weights to apply": args.predict and not args.checkpoint,
         "--checkpoint needs --data DIR or --predict PATH": args.checkpoint and bool(args.data) == bool(args.predict),
-        f"--checkpoint has no use for {', '.join(others)}; leave it out": args.checkpoint and others,
+        f"--{' --'.join(others).replace('_', '-')}: not used with --checkpoint; leave out": args.checkpoint and others,
         "--pretrain trains a codebook and --codebook gives one; choose": getattr(args, "pretrain", 0) and args.codebook,
         f"--size {size}: {least} or more is needed, in steps of 32": size % 32 or size < least}
     low = {"seed": -math.inf, "width": 2, "hiddens": 2}  # networks of half a width are among them
@@ -179,7 +179,7 @@ class Run:
 # --- The training loop ------------------------------------------------------------------------------------------------
 
 def train(run: Run, model: nn.Module, parameters, sample, stage: str, steps: int, drops: tuple, args) -> None:
-    """Takes the steps of one stage that the run lacks. model.losses gets sample(generator), then the generator."""
+    """Takes the steps of one stage that the run lacks. model.losses gets *sample(generator), then the generator."""
     start = run.steps.get(stage, 0)
     if start == steps:
         return
@@ -266,8 +266,8 @@ def save_simulated(folder: Path, model: nn.Module, sample, generator: torch.Gene
 
 
 def load_textures(args: argparse.Namespace) -> Tensor | None:
-    """The images of --textures, or DTD's where it lies in the working folder or beside the data; None if nowhere."""
-    roots = [] if args.toy else [Path(), *args.data.resolve().parents[:2]]
+    """The images of --textures, or DTD's where it lies in the working folder, in or beside the data; else None."""
+    roots = [] if args.toy else [Path(), args.data, *args.data.resolve().parents[:2]]
     found = [root / name for root in roots for name in ("dtd/images", "dtd") if (root / name).is_dir()]
     folder = args.textures or next(iter(found), None)
     print(f"textures: {folder or 'coloured noise; the published results need DTD, --textures dtd/images'}")
@@ -283,9 +283,9 @@ def train_draem(images: Tensor, textures: Tensor | None, run: Run, args: argpars
     return model
 
 
-def train_dsr(images: Tensor, path: Path | None, run: Run, args: argparse.Namespace) -> nn.Module:
-    model = dsr.load(run.last) if run.steps else dsr.DsrModel(dsr.load_codebook(path), args.width, rotate=args.rotate)
-    model = to_device(model, args)
+def train_dsr(images: Tensor, codebook: Path | None, run: Run, args: argparse.Namespace) -> nn.Module:
+    model = to_device(dsr.load(run.last) if run.steps else
+                      dsr.DsrModel(dsr.load_codebook(codebook), args.width, rotate=args.rotate), args)
     sample = functools.partial(choose, [images], args)
     train(run, model, model.begin(2), sample, "detection", args.steps, dsr.PUBLISHED["drops"], args)
     train(run, model, model.begin(3), sample, "upsampling", args.upsampling_steps, (), args)
@@ -293,12 +293,12 @@ def train_dsr(images: Tensor, path: Path | None, run: Run, args: argparse.Namesp
 
 
 def pretrain_dsr(args: argparse.Namespace) -> Path:
-    """Trains stage 1 of DSR, or what its folder lacks of it; returns its path. Images are read a batch ahead."""
-    source = args.pretrain or args.data / "train" / "good"
+    """Trains stage 1 of DSR, or what its folder lacks of it. Images are read a batch ahead. Returns the codebook."""
+    source, name = (args.pretrain, args.pretrain.resolve().name) if args.pretrain else (args.data / "train/good", "toy")
     paths = common.list_images(source)
     later = dict.fromkeys(("batch", "steps", "upsampling_steps", "width", "rotate"))  # settings of stages 2 and 3
-    name = source.resolve().name if args.pretrain else "toy"
     run = Run(args.out / "dsr" / f"codebook-{name}", args.settings | later | {"images": len(paths)}, resume=True)
+    print(f"stage 1: {len(paths)} images of {source} ->", run.last, "is used or continued as it is" * bool(run.steps))
     if WORLD > 1 and run.steps.get("codebook") != args.pretrain_steps:
         raise ValueError("--pretrain is one process's work: run it without torchrun first")
     torch.manual_seed(args.seed)  # initial weights
@@ -328,8 +328,7 @@ def fit_dfm(images: Tensor, _, run: Run, args: argparse.Namespace) -> nn.Module:
     model = to_device(model, args).eval()
     with args.autocast():
         model.fit(torch.cat([model.features(to_float(image, args)) for image in images.split(args.batch)]))
-    components = model.pca[0].components
-    print(f"{len(components)} components of {components.shape[1]} values, threshold {model.threshold:.4g}")
+    print("{} components of {} values,".format(*model.pca[0].components.shape), f"threshold {model.threshold:.6g}")
     run.steps["fit"] = 1
     run.save(model, "dfm")
     return model
@@ -382,10 +381,10 @@ def evaluate(model: nn.Module, category: common.Category, run: Run, args: argpar
             maps.append(anomaly_map)
             masks.append(mask)
     if shown:
-        once = {row[0]: row for _, row in sorted(shown.items())}  # a single image is both
+        once = {id(row): row for _, row in sorted(shown.items())}  # an image may be both
         common.page([*once.values()]).save(run.folder / "summary.png")
     if not category.test:
-        print(f"{category.name}: no test images, so no metrics; next: --checkpoint {run.last} --predict PATH")
+        print(f"{category.name}: no test images; next: {args.method} --checkpoint {run.last} --predict PATH")
     common.write_csv(run.folder / "scores.csv", "w", [("path", "label", "score"), *rows])  # pixel metrics need memory
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
     good = kinds.get("good", [])
@@ -416,7 +415,8 @@ def predict(model: nn.Module, folder: Path, args: argparse.Namespace) -> int:
     scores, count = folder / "scores.csv", 0
     folder.mkdir(parents=True, exist_ok=True)
     common.write_csv(scores, "a", [] if scores.exists() else [("path", "score", "decision", "checkpoint")])
-    print(f"pictures and scores.csv: {folder}; threshold: {threshold:.6g}", file=sys.stderr)
+    told = "none, see --threshold" if math.isnan(threshold) else f"{threshold:.6g}"
+    print(f"pictures and scores.csv: {folder}; threshold: {told}", file=sys.stderr)
     for item, score, *_ in predictions(model.eval(), items, folder, args):
         decision = "" if math.isnan(threshold) else ("normal", "defective")[score >= threshold]
         print(f"{item.path} {score:.6f} {decision}".rstrip(), flush=True)

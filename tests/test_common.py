@@ -328,7 +328,7 @@ def test_links_categories_below_and_plain_folders(tmp_path, monkeypatch, capsys)
              (bolt / "test/good/0.png", Path("good/0.png"), "good", None)]
     assert common.find_categories(tmp_path / "set") == [("bolt", [bolt / "train/good/0.png"], tests),
                                                         ("nut", [nut / "train/0.png", nut / "train/1.jpg"], [])]
-    assert capsys.readouterr().err == f"{tmp_path / 'set'}: no categories, so passed over: empty\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'set'}: not trained on: empty\n"
     lay_out(tmp_path, "disk/OK/0.bmp")  # with 0.png it would be taken for a mask, but evaluation ignores train/
     tests.insert(1, (bolt / "test/good/0.bmp", Path("good/0.bmp"), "good", None))
     for folder in (tmp_path / "set", bolt):

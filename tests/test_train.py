@@ -225,7 +225,7 @@ def test_dfm_is_fitted_to_all_images_and_decides_by_its_own_threshold(data, comm
     model.fit(model.features(read_all(data.glob("train/*/*"), 64) / 255))
     found, limit = [float(row["score"]) for row in read("runs/dfm/weave/scores.csv")], dfm.load(last).threshold.item()
     score = model.predict(read_all(data.glob("test/*/*"), 64) / 255)["score"].tolist()
-    assert f"components of 512 values, threshold {limit:.4g}\n" in said
+    assert f"components of 512 values, threshold {limit:.6g}\n" in said
     assert [*found, limit] == pytest.approx([*score, model.threshold.item()], rel=1e-4)
     decisions = ["defective" if value >= limit else "normal" for value in found]
     for first, report in zip((0, 3, 6), read("runs/dfm/weave/metrics.json")["kinds"].values()):
@@ -385,7 +385,7 @@ def test_what_cannot_be_read_is_named_left_out_and_tried_again(command, monkeypa
     assert command(*DFM, "--data", draw_data("bad", good=0, train=4))[0] == 0  # five give a threshold
     assert read("runs/dfm/bad/metrics.json")["kinds"] == {"dirt": {"count": 3}, "hole": {"count": 3}}
     out = command(*DFM, "--data", data / "train/good")[1]  # a plain folder of images
-    assert table_of(out)["good"] == [None] * 7 and "; next: --checkpoint runs/dfm/good/last.pt --predict PATH\n" in out
+    assert table_of(out)["good"] == [None] * 7 and "next: dfm --checkpoint runs/dfm/good/last.pt --predict" in out
 
 
 def test_nothing_of_the_users_is_written_over(trained, command):
@@ -449,8 +449,8 @@ MISTAKES = {  # arguments: pattern of the message; words in capitals are replace
     "DRAEM --data DATA --device cuda": "--device cuda: .* 0 GPUs for 1 processes; --device cpu",
     "DRAEM --data DATA --device gpu": "--device gpu: .*cpu", "DRAEM --data DATA --device meta": "--device meta: .*cpu",
     "DRAEM --data DATA --out text/file": "text/file", "draem --predict DATA": "needs --checkpoint",
-    "draem --checkpoint LAST --data DATA --size 32 --bits 16 --lr 1": "--checkpoint has no use for bits, lr, size; ",
-    "draem --checkpoint LAST --predict DATA --no-antialias --seed 1": "no use for antialias, seed",
+    "draem --checkpoint LAST --data DATA --size 32 --bits 16 --lr 1": "--bits --lr --size: not used with",
+    "draem --checkpoint LAST --predict DATA --no-antialias --seed 1": "--antialias --seed: not used",
     "draem --checkpoint LAST --predict DATA --data DATA": "--data DIR or", "DRAEM --data DATA --step 9": "unrecognized",
     "draem --checkpoint half.pt --data DATA": "half.pt: ", "dfm --checkpoint LAST --data DATA": "last.pt: .*draem",
     "draem --checkpoint LAST --data DATA/train": "no test/", "draem --checkpoint LAST --predict gone": "gone: no such"}
@@ -539,7 +539,7 @@ def test_textures_are_found_beside_the_data_but_not_for_the_toy(folder, capsys):
     assert "textures: coloured noise; the published results need DTD" in capsys.readouterr().out
 
 
-def test_a_codebook_is_made_once_by_one_process_and_refused_for_other_images(data, command, monkeypatch):
+def test_a_codebook_is_made_once_by_one_process_and_refused_for_another_count_of_images(data, command, monkeypatch):
     argv, book = [*DSR, *of(data, DSR)], Path("runs/dsr/codebook-train/last.pt")
     assert command(*argv)[0] == 0
     made = files_in(book.parent)
@@ -710,7 +710,7 @@ def test_a_gpu_computes_what_the_cpu_computes(monkeypatch):
         assert apart.float().mean() < 1e-3, function
     for model in (draem.DraemModel(16).eval(), dsr.DsrModel(width=16).eval()):
         expected, model = model.predict(image), model.cuda().to(memory_format=torch.channels_last)
-        for bf16, limit in ((False, 2e-3), (True, 0.2)):
+        for bf16, limit in ((False, 2e-3), (True, 0.2)):  # on a CPU 0.07 for DSR, which is not trained
             with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
                 found = model.predict(image.cuda())
             assert all((part - found[name].float().cpu()).abs().mean() < limit for name, part in expected.items())
