@@ -343,6 +343,7 @@ class DFMModel(nn.Module):
 
 
 def as_maps(features: Tensor) -> Tensor:
+    """(n, d) as (n, d, 1, 1), and (n, C, h, w) as it is. ValueError for other shapes."""
     if features.ndim not in (2, 4):
         raise ValueError(f"features of shape (n, C, h, w) or (n, d) are needed, got {tuple(features.shape)}")
     return features if features.ndim == 4 else features[:, :, None, None]
