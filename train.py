@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--seed", type=int, default=0, help="of initial weights and all random numbers")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
         add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the networks")
-        add("--compile", action="store_true", help="torch.compile the networks, for a GPU: a slow start, then faster")
+        add("--compile", action="store_true", help="torch.compile the networks, for a GPU; minutes before step 1")
         add("--resume", action="store_true", help="go on from the run folder's last.pt")
         add("--save-minutes", type=float, default=10, help="between checkpoints")
         add("--checkpoint", type=Path, help="do not train: evaluate this file's weights on --data, or --predict")
@@ -196,9 +196,9 @@ def train(run: Run, model: nn.Module, parameters, sample, stage: str, steps: int
         for part in [*model.children(), *getattr(model, "discrete_latent_model", nn.Module()).children()]:
             if any(isinstance(inner, nn.Conv2d) for inner in [*part.modules()][1:]):
                 part.compile()
-    stop = []  # holds a Ctrl-C or SIGTERM until the step is done
+    stop = []  # holds a Ctrl-C or SIGTERM until the step is done; a second one ends a step that hangs
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     began = saved = time.monotonic()
     for step in range(start, steps):
         optimizer.param_groups[0]["lr"] = rate = METHODS[args.method].learning_rate(step, steps, args.lr, drops)

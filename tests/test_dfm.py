@@ -104,9 +104,7 @@ def test_principal_axes_keep_their_digits_over_eleven_decades(n, d):
 @pytest.mark.parametrize("variances, share, count", [
     ([1.0] * 43 + [0.13] * 10, 0.97, 43),  # 42 hold 0.948, 43 hold 0.971; an index taken as a count gives 42
     ([98.0, 1.0, 1.0], 0.97, 1),  # the first alone
-    ([96.5, 2.0, 1.5], 0.97, 2),
-    ([4.0, 3.0, 2.0, 1e-14], 1.0, 4),
-    ([4.0, 3.0, 2.0, 1e-9], 0.999, 3),
+    ([96.5, 2.0, 1.5], 0.97, 2), ([4.0, 3.0, 2.0, 1e-14], 1.0, 4), ([4.0, 3.0, 2.0, 1e-9], 0.999, 3),
     *(([percent, 100 - percent], percent / 100, 1) for percent in range(51, 100))  # reached in spite of rounding
 ])
 def test_the_smallest_number_of_components_whose_variance_reaches_the_share(variances, share, count):

@@ -261,7 +261,9 @@ def test_signals_and_kills_leave_no_trace_in_the_result(argv, stops, data, comma
     def act(step):
         seen.append(step[2:])
         if step[2:] in stops and seen.count(step[2:]) == 1:
-            signal.raise_signal(signal.SIGINT if "1" in step else signal.SIGTERM)
+            number = signal.SIGINT if "1" in step else signal.SIGTERM
+            signal.raise_signal(number)
+            assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends a step that hangs
     before_step(monkeypatch, act)
     for stop in stops:
         status, _, err = command(*argv)
