@@ -298,7 +298,7 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     paths = common.list_images(source)
     later = dict.fromkeys(("batch", "steps", "upsampling_steps", "width", "rotate"))  # settings of stages 2 and 3
     run = Run(args.out / "dsr" / f"codebook-{name}", args.settings | later | {"images": len(paths)}, resume=True)
-    print(f"stage 1: {len(paths)} images of {source} ->", run.last, "is used or continued as it is" * bool(run.steps))
+    print(f"stage 1: {len(paths)} images of {source} -> {run.last}" + ", used or continued as it is" * bool(run.steps))
     if WORLD > 1 and run.steps.get("codebook") != args.pretrain_steps:
         raise ValueError("--pretrain is one process's work: run it without torchrun first")
     torch.manual_seed(args.seed)  # initial weights
