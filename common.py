@@ -319,7 +319,7 @@ def heat(image: np.ndarray, anomaly_map: Tensor) -> np.ndarray:
     level = anomaly_map.clamp(0, 1).numpy()
     channels = ((0, 0, 0, 255, 255), (0, 0, 255, 255, 0), (255, 255, 255, 0, 0))  # red, green, blue at the five levels
     colour = np.stack([np.interp(level, (0, 0.35, 0.6, 0.8, 1), channel) for channel in channels], -1)
-    weight = 2 / 3 * ((level[..., None] - 0.3) / 0.5).clip(0, 1)  # 0.5 is what normal parts reach in DFM's maps
+    weight = 2 / 3 * ((level[..., None] - 0.3) / 0.5).clip(0, 1)  # 0.5: the median of normal images' maxima in DFM
     grey = image @ np.array((0.299, 0.587, 0.114))
     return (grey[..., None] * (1 - weight) + colour * weight).round().astype(np.uint8)
 

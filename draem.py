@@ -42,7 +42,7 @@ from torch import Tensor, nn
 PUBLISHED = {  # the paper's implementation details, where no other source is named
     "size": 256,              # side of the square images, in pixels (the code)
     "batch": 8,               # images per step (the code)
-    "epochs": 700,            # of ceil(images / batch) full batches, sampled with replacement (the code; D11)
+    "epochs": 700,            # of ceil(images / batch) full batches; with replacement, as in the code (D11)
     "lr": 1e-4,               # of Adam, the code's optimizer
     "drops": (4 / 7, 6 / 7),  # shares of the training after which lr drops: after 400 and 600 epochs
     "drop_factor": 0.1,       # of lr at each drop; the code has 0.2, after 0.8 and 0.9 (train_DRAEM.py:47; D2)
