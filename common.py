@@ -36,6 +36,8 @@ def open_upright(source, any_mode: bool = False) -> Image.Image:
         if is_path and os.path.exists(source) and not os.path.isfile(source):  # opening a pipe would block
             raise ValueError("it is a folder or a device, not a file")
         image = Image.open(source, formats=FORMATS) if is_path or hasattr(source, "read") else source
+        if is_path:
+            image.filename = ""  # else Pillow 13 maps it into memory, and a rotated TIFF with its sides swapped
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         if 0 in image.size:
             raise ValueError("it has no pixels")
@@ -85,7 +87,7 @@ def read_mask(path: Path, size: int, image_size: tuple[int, int]) -> Tensor:
     if abs(mask.width * image_size[1] / (mask.height * image_size[0]) - 1) > 0.02:
         raise ValueError(f"{path}: {mask.size} pixels for an upright image of {image_size}; give both one aspect ratio")
     one_band = mask.mode in ("1", "L", "I", "F") or mask.mode.startswith("I;16")
-    values = np.asarray(mask if one_band else mask.convert("RGB")).reshape(mask.height, mask.width, -1)
+    values = np.stack([mask] if one_band else mask.convert("RGBA").convert("RGBa").split()[:3], 2)  # alpha on black
     values = (values > 127 if mask.format in ("JPEG", "MPO", "WEBP") else values != 0).any(2)  # these ring at edges
     area = Image.fromarray(values.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(area) > 0.5 + 1e-6)  # exactly half is not enough; 1e-6 covers rounding
@@ -104,7 +106,6 @@ def read_ahead(read: Callable, groups: Iterable[list]) -> Iterator[list]:
 def load_images(paths: list[Path], size: int, antialias: bool = True, bits: int = 16) -> Tensor:
     """Training images, decoded once, by threads: uint8 (N, 3, size, size). ValueError that names all damaged ones."""
     images, peaks, faults = torch.empty(len(paths), 3, size, size, dtype=torch.uint8), [], []
-
     def read(index: int) -> None:
         try:
             image = open_upright(paths[index])
@@ -196,10 +197,9 @@ def test_images(folder: Path, truth: Path | None) -> list[TestImage]:
         name = path.relative_to(folder)
         defect = "good" if name.parts[0].lower() in NORMAL else name.parts[0]
         found.append(TestImage(path, name, defect, None if defect == "good" else masks.get(key(path, folder))))
-    unused = set(masks) - {key(item.path, folder) for item in found}
+    unused = sorted(set(masks) - {key(item.path, folder) for item in found})
     if unused:
-        names = ", ".join(str(masks[name].relative_to(truth)) for name in sorted(unused))
-        print(f"{truth}: {len(unused)} masks fit no test image: {names[:500]}", file=sys.stderr)
+        print(f"{truth}: masks that fit no test image: {len(unused)}, such as {masks[unused[0]]}", file=sys.stderr)
     return found
 
 

@@ -37,7 +37,7 @@ TOY = {  # replaces the published values where --data is not given, so that minu
                 upsampling_steps=300),
     "dfm": dict(backbone="resnet18", pooling=2, weights="random")}
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "save_minutes", "checkpoint", "predict", "threshold",
-              "textures", "codebook", "pretrain", "weights"}  # --resume does not compare them: data may move
+              "textures", "codebook", "pretrain"}  # --resume does not compare them: data may move
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Run:
     """The folder of one training and the content of its last.pt. ValueError where that cannot be continued."""
 
     def __init__(self, folder: Path, settings: dict, resume: bool):
-        self.folder, self.last = folder, folder / "last.pt"
+        self.folder, self.last, self.test_set = folder, folder / "last.pt", 0
         self.state = {"settings": settings, "steps": {}, "log": [], "optimizer": None, "scaler": {}}
         if self.last.exists():
             if not resume:
@@ -166,11 +166,11 @@ class Run:
         (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.state["log"]))
         os.replace(self.folder / "last.tmp", self.last)  # a kill leaves the old checkpoint or the new one
 
-    def metrics(self, data: Path, count: int) -> dict:
-        """What the evaluation of this very run on `count` images of `data` left, complete, in metrics.json; else {}."""
+    def metrics(self) -> dict:
+        """What the evaluation of this very run on this test set left, complete, in metrics.json; else {}."""
         try:
             found = json.loads((self.folder / "metrics.json").read_text())
-            own = (found["settings"], found["data"], found["tested"]) == (self.settings, str(data), count)
+            own = (found["settings"], found["test_set"], found["unreadable"]) == (self.settings, self.test_set, 0)
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut short
             return {}
         return found if own and self.steps else {}
@@ -344,7 +344,7 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
             image = common.to_tensor(photo, **model.preprocessing)
             return item, image, common.read_mask(item.mask, len(image[0]), photo.size) if item.mask else None
         except ValueError as error:
-            print(f"train.py: {error}", file=sys.stderr)
+            sys.stderr.write(f"train.py: {error}\n")  # one write: threads share the stream
 
     groups = [items[start:start + args.batch] for start in range(0, len(items), args.batch)]
     for group in common.read_ahead(read, groups):
@@ -388,7 +388,7 @@ def evaluate(model: nn.Module, category: common.Category, run: Run, args: argpar
     common.write_csv(run.folder / "scores.csv", "w", [("path", "label", "score"), *rows])  # pixel metrics need memory
     threshold = float(getattr(model, "threshold", math.nan)) if args.threshold is None else args.threshold
     good = kinds.get("good", [])
-    metrics = {"kinds": {}, "tested": len(rows), "unreadable": len(category.test) - len(rows)}
+    metrics = {"kinds": {}, "tested": len(rows), "unreadable": len(category.test) - len(rows), "test_set": run.test_set}
     for kind, scores in kinds.items():
         report = metrics["kinds"][kind] = {"count": len(scores)}
         if good and kind != "good":
@@ -467,11 +467,11 @@ def main(argv: list[str] | None = None) -> int:
     for category in categories[RANK::WORLD]:
         counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}
         run = Run(root / (category.name + "-checkpoint" * bool(model)), settings | counts, args.resume)
-        results[category.name] = {} if args.threshold is not None else run.metrics(args.data, len(category.test))
+        run.test_set = zlib.crc32(ascii(category.test).encode())  # changes with paths, kinds and masks
+        results[category.name] = {} if args.threshold is not None else run.metrics()
         if results[category.name]:
             continue
         (run.folder / "metrics.json").unlink(missing_ok=True)  # another run's, or not complete
-        trained = model
         if not model:
             print(f"{category.name}: {args.method}, {len(category.train)} images, {args.size} x {args.size}, "
                   f"{args.device} {args.precision}, batches of {args.batch} -> {run.folder}")
@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
             trained = learn(images, extra, run, args)
             if args.compile:  # prediction runs uncompiled
                 trained = to_device(METHODS[args.method].load(run.last), args)
-        results[category.name] = evaluate(trained, category, run, args)
+        results[category.name] = evaluate(model or trained, category, run, args)
     print_table(results)
     return 2 if any(row["unreadable"] for row in results.values()) and WORLD == 1 else 0  # 2 ends torchrun's others
 

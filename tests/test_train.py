@@ -337,6 +337,7 @@ def test_another_runs_metrics_are_not_believed(data, command, monkeypatch):
         metrics.write_bytes(content)
         assert command(*argv, "--resume")[0] == 0
         same("whole", "runs")
+    assert "weights was random, not x.pth" in mistake(command(*argv, "--resume", "--weights", "x.pth"))
     for place, name in ((train, "fit_dfm"), (train, "evaluate"), (common, "load_images")):
         monkeypatch.setattr(place, name, die)
     assert table_of(command(*argv, "--resume")[1]) == table  # printed without work
@@ -384,6 +385,8 @@ def test_what_cannot_be_read_is_named_left_out_and_tried_again(command, monkeypa
         patch.setattr(common, "pixel_metrics", die)  # as if there were no memory for them: the scores are there
         assert command(*argv, "--resume")[0] == "killed" and len(read(folder / "scores.csv")) == 9
     assert command(*argv, "--resume")[::2] == (0, "") and "pixel_f1" in read(folder / "metrics.json")
+    shutil.copy(mask, "odd/ground_truth/dirt/000_mask.png")
+    assert "odd: dirt  count 3" in command(*argv, "--resume")[1]  # not the table from before this mask
     assert command(*DFM, "--data", draw_data("bad", good=0, train=4))[0] == 0  # five give a threshold
     assert read("runs/dfm/bad/metrics.json")["kinds"] == {"dirt": {"count": 3}, "hole": {"count": 3}}
     out = command(*DFM, "--data", data / "train/good")[1]  # a plain folder of images
@@ -599,7 +602,7 @@ def test_a_runs_files_are_those_of_the_saved_weights(trained, data):
                            ("pixel", common.pixel_metrics(list(parts["anomaly_map"]), list(masks)))):
         for name, value in metrics.items():  # threshold is among them
             assert found.pop(f"{level}_{name}") == pytest.approx(value, abs=5e-3)
-    assert re.fullmatch("[0-9a-f]{7,40}(-dirty)?|", found.pop("commit"))
+    assert re.fullmatch("[0-9a-f]{7,40}(-dirty)?|", found.pop("commit")) and found.pop("test_set")
     assert found == {"tested": 9, "unreadable": 0, "data": str(data), "torch": torch.__version__, "settings": {
         "method": "draem", "images": 5, "textures": 9, "size": 32, "antialias": True, "bits": 16, "batch": 2, "seed": 3,
         "precision": "fp32", "width": 4, "sspcab": True, "steps": 7, "lr": 0.01, "rotate": 5.0}}
