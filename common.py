@@ -73,7 +73,7 @@ def to_tensor(image: Image.Image, size: int, antialias: bool, bits: int) -> Tens
 def read_image(source, size: int, antialias: bool = True, bits: int = 16) -> Tensor:
     """A path, open file, PIL image or RGB array (H, W[, 3]) as upright RGB, uint8 (3, size, size). ValueError.
 
-    Resized bilinearly: antialiased, or from four pixels as in the authors' code (OpenCV). bits: see to_tensor.
+    Resized bilinearly: antialiased, or from four pixels as in DRAEM's and DSR's code (OpenCV; D9). bits: see to_tensor.
     """
     return to_tensor(open_upright(source), size, antialias, bits)
 

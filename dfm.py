@@ -31,7 +31,7 @@ PUBLISHED = {
     "layer": "layer3",       # that yields the features (anomalib)
     "pooling": 4,            # kernel and stride of the average pooling (anomalib)
     "share": 0.97,           # of the variance that PCA keeps (anomalib)
-    "score": "fre",          # feature reconstruction error (2012.04250); "nll": negative log-likelihood (1909.11786)
+    "score": "fre",          # reconstruction error, or "nll", of reduced features (both 2012.04250; nll: 1909.11786)
 }
 
 # --- PCA and Gaussian -------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = features.double().flatten(1)  # (n, d)
     if not rows.isfinite().all():
         raise ValueError(f"{(~rows.isfinite().all(1)).sum()} of {len(rows)} samples hold NaN or infinity")
-    mean = rows.mean(0)
+    mean = rows.mean(0)  # subtracted once, from a copy (F2)
     axes, singular_values, right = torch.linalg.svd((rows - mean).T, full_matrices=False)  # as (n, d) 4 times as slow
     r = int((singular_values > torch.finfo(torch.float64).eps * max(rows.shape) * rows.norm()).sum())
     if not r:
@@ -75,8 +75,8 @@ class PCA(nn.Module):
     def keep(self, mean: Tensor, coordinates: Tensor, axes: Tensor) -> "PCA":
         """fit, from what principal_axes returned."""
         variance = coordinates.square().sum(0).cumsum(0)  # of the first 1, 2, ... components
-        count = 1 + int((variance < self.share * (1 - 1e-12) * variance[-1]).sum()) if self.share < 1 else len(axes)
-        self.mean, self.components = mean, axes[:count].clone()
+        count = int((variance < self.share * (1 - 1e-12) * variance[-1]).sum()) + 1  # the first that reaches the share
+        self.mean, self.components = mean, axes[:count if self.share < 1 else None].clone()
         return self
 
     def transform(self, features: Tensor) -> Tensor:
@@ -291,13 +291,13 @@ class DFMModel(nn.Module):
         (n,). NaN if there are fewer than five samples, or if the other four fifths do not vary.
         Coordinates keep all distances, so PCA is the same in them and a fold's SVD is small. The grid needs d values.
         """
-        n = len(coordinates)
-        scores, maxima = coordinates.new_full((2, n), math.nan)
+        scores, maxima = coordinates.new_full((2, len(coordinates)), math.nan)
         errors = torch.full_like(coordinates, math.nan)
         # Every fifth sample. Fifths in a row raise fewer false alarms where a product drifts (5 %, not 8 %, on unseen
         # stretches of bottle and pill), but then only a third as many of the pill's defects are found.
-        fold = torch.arange(n, device=axes.device) % 5
-        for held_out in [fold == i for i in range(5)] if n >= 5 else []:
+        fold = torch.arange(len(coordinates), device=axes.device) % 5
+        for number in range(5 if len(coordinates) >= 5 else 0):
+            held_out = fold == number
             try:
                 pca = PCA(self.share).fit(coordinates[~held_out])
             except ValueError:  # no direction varies
@@ -326,13 +326,13 @@ class DFMModel(nn.Module):
                              for pca in self.pca])  # (classes, N, h, w)
         fre = grids.sum((2, 3)).sqrt()  # (classes, N)
         score, best = fre.min(0)
-        return score, grids.gather(0, best.view(1, -1, 1, 1).expand_as(grids[:1]))[0]
+        return score, grids.gather(0, best.view(1, -1, 1, 1).expand_as(grids[:1]))[0]  # (N, h, w)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         """image (N, 3, H, W), RGB in [0, 1] -> score (N,) and, for FRE, anomaly_map (N, H, W), float32.
 
-        The map is the enlarged grid: squared values. The score is not its maximum but the root of the grid's sum.
+        The map is the grid (anomalib's) enlarged: squared values. The score is not its maximum but the root of its sum.
         """
         image = check_image(image)
         score, grid = self.score_features(self.features(image))
@@ -446,6 +446,6 @@ if __name__ == "__main__":  # python dfm.py: the shape of every block's output
     network = DFMModel(pre_trained=False)
     for path, block in network.named_modules():
         if path.count(".") == 2:
-            block.register_forward_hook(lambda *call, path=path: print(f"{path:24} {tuple(call[2].shape)}"))
+            block.register_forward_hook(lambda _, __, output, path=path: print(f"{path:24} {tuple(output.shape)}"))
     pooled = network.features(torch.rand(8, 3, PUBLISHED["size"], PUBLISHED["size"]))
     print(f"pooled features {tuple(pooled.shape)}, components {tuple(network.fit(pooled).pca[0].components.shape)}")

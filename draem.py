@@ -106,7 +106,7 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
     As in DRAEM's code (data_loader.py), each side of the lattice has 2^0 to 2^5 cells, sampled independently. The noise
     is rotated by up to 90 degrees about the centre; pixels from outside are 0. The code rotates the finished picture,
-    which blurs it. Here the coordinates are rotated.
+    which blurs it. Here the coordinates are rotated (D7).
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
@@ -489,21 +489,21 @@ def histogram(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def autocontrast(x: Tensor, u: Tensor) -> Tensor:
     """Stretch each channel to [0, 1] after cutting off 0 to 20 % of its pixels at each end."""
-    _, below = histogram(x)
-    cut = below[:, :, -1:] * (21 * u[:, :1, None]).floor() / 100
-    low = (below <= cut).sum(2)
-    high = (below < below[:, :, -1:] - cut).sum(2)
+    _, up_to = histogram(x)
+    cut = up_to[:, :, -1:] * (21 * u[:, :1, None]).floor() / 100
+    low = (up_to <= cut).sum(2)
+    high = (up_to < up_to[:, :, -1:] - cut).sum(2)
     low, high = low[..., None, None] / 255, high[..., None, None] / 255
     return torch.where(high > low, (x - low) / (high - low), x).clamp(0, 1)
 
 
 def equalize(x: Tensor, u: Tensor) -> Tensor:
     """As in Pillow: level -> (pixels below it + step // 2) // step, step = (pixels below the highest level) // 255."""
-    level, below = histogram(x)
-    counts = below.diff(dim=2, prepend=torch.zeros_like(below[:, :, :1]))
-    last = counts.gather(2, 255 - (counts.flip(2) > 0).long().argmax(2, keepdim=True))
-    step = ((below[:, :, -1:] - last) / 255).floor()
-    table = (((below - counts) + (step / 2).floor()) / step).floor().clamp(0, 255) / 255
+    level, up_to = histogram(x)
+    counts = up_to.diff(dim=2, prepend=torch.zeros_like(up_to[:, :, :1]))
+    last = counts.gather(2, (up_to == up_to[:, :, -1:]).long().argmax(2, keepdim=True))  # pixels of the highest level
+    step = ((up_to[:, :, -1:] - last) / 255).floor()
+    table = (((up_to - counts) + (step / 2).floor()) / step).floor().clamp(0, 255) / 255
     return torch.where(step[..., None] > 0, table.gather(2, level).view_as(x), x)
 
 
@@ -563,7 +563,7 @@ def own_checkpoint(content: dict, method: str, path: str | Path) -> list[dict]:
 
 
 def reorder(state: dict, channels) -> dict:
-    """`state` with channels in another order: `channels` has (key, dimension, order) of each tensor concerned."""
+    """`state` reordered by channels' (key, dimension, order). What is missing or has another size is left to build."""
     return state | {key: state[key].index_select(dimension, torch.tensor(order)) for key, dimension, order in channels
                     if getattr(state.get(key), "shape", ())[dimension:dimension + 1] == (len(order),)}
 

@@ -29,8 +29,8 @@ It needs torch alone. Five lines in each step train a stage, here the second:
     I           image              (N, 3, H, W)          [0, 1], RGB; H and W multiples of 32, at least 64
     K_lo, K_hi  codebook_lo, _hi   (K, D)                K codes of D values
     F_lo, F_hi  features           as lo, hi             before quantization
-    Q_lo        lo                 (N, D, H / 8, W / 8)  rows of K_lo
-    Q_hi        hi                 (N, D, H / 4, W / 4)  rows of K_hi
+    Q_lo        lo; normal_lo      (N, D, H / 8, W / 8)  rows of K_lo; in stage 2 lo is swapped, normal_lo is not
+    Q_hi        hi; normal_hi      (N, D, H / 4, W / 4)  rows of K_hi; likewise
     F~_lo, _hi  restricted_lo,_hi  as lo, hi             restored to normal, before quantization
     lambda_s    lambda_s           (N,)                  share of the codebook that a swap may choose from
     M_gt        mask               (N, 1, H, W)          1 = anomalous, 0 = normal, throughout
@@ -60,7 +60,7 @@ from torch import Tensor, nn
 
 PUBLISHED = {  # from the paper, where no other source is named
     "size": 256,                    # side of the square images, in pixels (the code)
-    "lr": 2e-4,                     # in all stages (4.1); of Adam (the code)
+    "lr": 2e-4,                     # in all stages (4.1); of Adam (the code of stages 2 and 3)
     # stage 1
     "codes": 4096,                  # per codebook, K
     "code_length": 128,             # values per code, D
@@ -69,16 +69,16 @@ PUBLISHED = {  # from the paper, where no other source is named
     "residual_hiddens": 64,         # width inside them (the released weights)
     "decay": 0.99,                  # of the codebooks' moving averages (the code)
     "commitment_cost": 0.25,        # weight of the commitment terms (the code)
-    "pretrain_steps": 200_000,      # on ImageNet
+    "pretrain_steps": 200_000,      # 200k, on ImageNet
     "pretrain_batch": 32,
     # stage 2
-    "steps": 100_000,
+    "steps": 100_000,               # 100k; the code has 100 epochs of 8000 samples (S3)
     "batch": 8,                     # of stages 2 and 3 (4.1)
     "drops": (0.8,),                # share of the steps after which lr is multiplied by drop_factor: 80,000
     "drop_factor": 0.1,
     "width": 64,                    # of the detection and upsampling modules' first block (the code)
     "lambda_s": (0.2, 1.0),         # range, sampled for each image and level (the code); a bound in the paper (S4)
-    "skipped": 0.05,                # share of nearest codes that a swap leaves out: 204 of 4096
+    "skipped": 0.05,                # share of nearest codes that a swap leaves out, 5 %: 204 of 4096
     "both_share": 0.5,              # swap both levels; half of the rest lo alone, half hi alone (train_dsr.py:233-266)
     "normal_share": 0.5,            # share of samples that get no anomaly (the code)
     "noise_threshold": 0.5,         # mask = noise > threshold (the code)
@@ -86,7 +86,7 @@ PUBLISHED = {  # from the paper, where no other source is named
     "rotate_share": 0.4,            # share of normal images that are rotated in stage 2 (the code)
     "reconstruction_lambda": 10.0,  # weight of MSE(I, I_spc)
     # stage 3
-    "upsampling_steps": 20_000,     # at a constant rate, with a new Adam; the code has 50,000 (epochs // 2; S3)
+    "upsampling_steps": 20_000,     # 20k at a constant rate, a new Adam; the code has 50,000 (epochs // 2; S3)
     "upsampling_rotate_share": 0.3,  # share of normal images rotated in stage 3 (the code)
     "beta": (0.1, 1.0),             # range of the colour's share in a smudge, DRAEM's; DRAEM's and DSR's code: (0.2, 1]
     "window": 21,                   # side of the score's mean filter at 256 x 256 (the code; S10)
@@ -100,8 +100,8 @@ def rank_codes(codes: Tensor) -> Tensor:
     """codes (K, D) -> (K, K): row k lists all codes by distance from code k, itself first. 64 MiB for 4096 codes."""
     codes = codes - codes.mean(0)  # for exactness, as in VectorQuantizer.nearest
     norms = codes.square().sum(1)
-    return torch.cat([torch.addmm(norms, rows, codes.t(), alpha=-2).sort(dim=1, stable=True)[1].int()
-                      for rows in codes.split(512)])
+    distances = (torch.addmm(norms, rows, codes.t(), alpha=-2) for rows in codes.split(512))  # squared, less |rows|^2
+    return torch.cat([distance.sort(dim=1, stable=True).indices.int() for distance in distances])
 
 
 @torch.no_grad()
@@ -458,7 +458,7 @@ class DsrModel(nn.Module):
         """Freeze all but stage 2's or 3's modules and return their parameters. Stage 2 also ranks the present codes."""
         if stage not in (2, 3):
             raise ValueError(f"stage {stage}: 2 (detection) or 3 (upsampling) is needed; 1 is DiscreteLatentModel's")
-        latent, *detection, upsampling = self.children()
+        latent, *detection, upsampling = self.children()  # in __init__'s order; detection: the four of stage 2
         trained = detection if stage == 2 else [upsampling]
         self.stage = stage
         self.training = True  # so that predict asks for eval mode
@@ -474,10 +474,10 @@ class DsrModel(nn.Module):
         """What a step of stage 2 shows the networks, after begin(2): a share of the images rotated, then codes swapped.
 
         Returns image, where rotated with black corners; general, decoded from the swapped codes; mask (N, 1, H, W), the
-        target; lo and hi, swapped; normal_lo and normal_hi, the image's. Codes are swapped under a Perlin mask,
-        max-pooled to each level's size. Three cases, as in the code (train_dsr.py:233-266). Both: lo is swapped; F_hi
-        is computed from the swapped lo, quantized and swapped. Lo alone: lo is swapped; hi is the image's. Hi alone:
-        the image's hi is swapped. The target has lo's resolution where lo was swapped, else hi's, enlarged to H x W.
+        target; lo and hi, swapped; normal_lo and normal_hi, the image's. Codes are swapped under a Perlin mask
+        (S5), max-pooled to each level's size. Three cases, as in the code (train_dsr.py:233-266). Both: lo is swapped;
+        F_hi is computed from the swapped lo, quantized and swapped. Lo alone: lo is swapped; hi is the image's. Hi
+        alone: its hi is swapped. The target has lo's resolution where lo was swapped, else hi's, enlarged to H x W.
         """
         if self.ranked_lo is None:
             raise RuntimeError("simulate needs both codebooks ranked: call model.begin(2) first")
@@ -500,8 +500,8 @@ class DsrModel(nn.Module):
 
         index_hi = latent.codebook_hi.nearest(latent.encode_hi(encoded, normal_lo))
         normal_hi = latent.codebook_hi.lookup(index_hi)
-        again = latent.codebook_hi.nearest(latent.encode_hi(encoded, lo))
-        index_hi = torch.where(both[:, 0], again, index_hi)
+        index_from_swapped = latent.codebook_hi.nearest(latent.encode_hi(encoded, lo))
+        index_hi = torch.where(both[:, 0], index_from_swapped, index_hi)
         swapped = sample_codebook_anomalies(index_hi, self.ranked_hi, mask_hi * ~lo_alone, lambda_hi, generator)
         hi = latent.codebook_hi.lookup(swapped)
         target = torch.where(swap_lo, F.interpolate(mask_lo, scale_factor=8), F.interpolate(mask_hi, scale_factor=4))
@@ -511,7 +511,7 @@ class DsrModel(nn.Module):
     def detect(self, lo: Tensor, hi: Tensor, general: Tensor) -> dict[str, Tensor]:
         """From Q_lo and Q_hi, swapped or not, and their decoded image: restricted_lo, restricted_hi, specific, coarse.
 
-        The detector's inputs are detached, so the focal loss does not reach the decoder. In DRAEM it does.
+        The detector's inputs are detached, so the focal loss does not reach the decoder (S1). In DRAEM it does.
         """
         latent = self.discrete_latent_model
         restricted_lo = self.subspace_restriction_module_lo(lo)
@@ -553,11 +553,11 @@ class DsrModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, window: int | None = None) -> dict[str, Tensor]:
-        """score (N,), the maximum of the window x window mean of coarse_mask, with zero padding.
+        """score (N,), the maximum of the window x window mean of coarse_mask (before upsampling), with zero padding.
 
         image (N, 3, H, W) in [0, 1], else ValueError. Also returns anomaly_map and coarse_mask (N, H, W), and general
         and specific, the two images (N, 3, H, W) that the detection module compares. window is odd; by default 21 at
-        256 x 256, as in the code, and in proportion at other sizes.
+        256 x 256, as in the code, and in proportion at other sizes (S10).
         """
         if self.training:
             raise RuntimeError("predict needs a model in eval mode: call model.eval() first")
@@ -681,7 +681,7 @@ def load(path: str | Path, codebook: str | Path | None = None) -> DsrModel:
 
     Keys identify this project's last.pt and anomalib's checkpoint. Names identify the authors' five files of a class:
     one is given, the others are beside it, and the codebook too if not given. The authors trained on BGR; their weights
-    are converted to RGB. anomalib trains on RGB with a BGR codebook; its weights are kept as they are.
+    are converted to RGB. anomalib trains on RGB with a BGR codebook; its weights are kept as they are (S8).
     """
     path = Path(path)
     content = read_weights(path)
@@ -766,7 +766,7 @@ def perlin_noise(count: int, height: int, width: int, generator: torch.Generator
 
     As in DRAEM's code (data_loader.py), each side of the lattice has 2^0 to 2^5 cells, sampled independently. The noise
     is rotated by up to 90 degrees about the centre; pixels from outside are 0. The code rotates the finished picture,
-    which blurs it. Here the coordinates are rotated.
+    which blurs it. Here the coordinates are rotated (D7).
     """
     device = generator.device
     cells = 2.0 ** torch.randint(0, 6, (2, count, 1, 1), generator=generator, device=device)
@@ -888,7 +888,7 @@ def own_checkpoint(content: dict, method: str, path: str | Path) -> list[dict]:
 
 # Copied from draem.reorder
 def reorder(state: dict, channels) -> dict:
-    """`state` with channels in another order: `channels` has (key, dimension, order) of each tensor concerned."""
+    """`state` reordered by channels' (key, dimension, order). What is missing or has another size is left to build."""
     return state | {key: state[key].index_select(dimension, torch.tensor(order)) for key, dimension, order in channels
                     if getattr(state.get(key), "shape", ())[dimension:dimension + 1] == (len(order),)}
 

@@ -50,11 +50,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         published = module.PUBLISHED
         command = commands.add_parser(method, prog=f"train.py {method}", usage=argparse.SUPPRESS, allow_abbrev=False)
         def add(name: str, help: str, **given) -> None:
-            command.add_argument(name, help=help + " (%(default)s)" * ("default" in given), **given)
+            command.add_argument(name, help=f"{help} (%(default)s)" if "default" in given else help, **given)
         add("--data", type=Path, help="a category in MVTec's layout, a folder of such, or normal images; else a toy")
         add("--out", type=Path, default="runs", help="root of the run folders")
         add("--size", type=int, help=f"images become squares of this side, {published['size']} if not given")
-        add("--antialias", action=argparse.BooleanOptionalAction, help="yes if not given; no: as the authors' code")
+        add("--antialias", action=argparse.BooleanOptionalAction, help="yes if not given; no: from four pixels (D9)")
         add("--bits", type=int, choices=(10, 12, 14, 16), help="of a camera that fills a part of 16-bit grey files")
         add("--batch", type=int, default=published["batch"], help="images a step")
         add("--seed", type=int, default=0, help="of initial weights and all random numbers")
@@ -105,7 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     low = {"seed": -math.inf, "width": 2, "hiddens": 2}  # networks of half a width are among them
     refused |= {f"--{name.replace('_', '-')} {value}: {low.get(name, 1)} or more is needed": value < low.get(name, 1)
                 for name, value in vars(args).items() if type(value) is int}
-    for message in filter(refused.get, refused):
+    for message in [message for message, wrong in refused.items() if wrong]:
         command.error(message)
     device, precision = hardware(args)
     preprocessing = {"size": size, "antialias": args.antialias is not False, "bits": args.bits or 16}
@@ -137,7 +137,7 @@ def hardware(args: argparse.Namespace) -> tuple[torch.device, str]:
     if device.type == "cuda":
         return device, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: without them bf16 must be asked for
-    return device, "bf16" if any(getattr(torch.cpu, probe, bool)() for probe in probes) else "fp32"
+    return device, "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "fp32"
 
 
 # --- A run's folder ---------------------------------------------------------------------------------------------------
@@ -251,17 +251,17 @@ def to_float(image: Tensor, args: argparse.Namespace) -> Tensor:
 
 def choose(sources: list[Tensor | None], args: argparse.Namespace, generator: torch.Generator) -> list[Tensor | None]:
     """A batch of each source, with replacement; None stays None."""
-    return [source if source is None else to_float(source[torch.randint(
-        len(source), (args.batch,), generator=generator, device=args.device)], args) for source in sources]
+    pick = functools.partial(torch.randint, size=(args.batch,), generator=generator, device=args.device)
+    return [None if source is None else to_float(source[pick(len(source))], args) for source in sources]
 
 
 def save_simulated(folder: Path, model: nn.Module, sample, generator: torch.Generator) -> None:
     """simulated.png: six samples, made as in a training step: image, what the network is shown, mask."""
     rows = []
     while len(rows) < 6:
-        shown = list(model.simulate(*sample(generator), generator, normal_share=0).items())[:3]
-        rows += [("", {name: common.panel(part[number].float().cpu()) for name, part in shown})
-                 for number in range(len(shown[0][1]))]
+        shown = model.simulate(*sample(generator), generator, normal_share=0)
+        names = list(shown)[:3]  # image, what the network is shown, mask
+        rows += [("", {name: common.panel(shown[name][i].cpu()) for name in names}) for i in range(len(shown["mask"]))]
     common.page(rows[:6]).save(folder / "simulated.png")
 
 
@@ -296,7 +296,7 @@ def pretrain_dsr(args: argparse.Namespace) -> Path:
     """Trains stage 1 of DSR, or what its folder lacks of it. Images are read a batch ahead. Returns the codebook."""
     source, name = (args.pretrain, args.pretrain.resolve().name) if args.pretrain else (args.data / "train/good", "toy")
     paths = common.list_images(source)
-    later = dict.fromkeys(("batch", "steps", "upsampling_steps", "width", "rotate"))  # settings of stages 2 and 3
+    later = dict.fromkeys(("batch", "steps", "upsampling_steps", "width", "rotate"))  # of stages 2, 3: not compared
     run = Run(args.out / "dsr" / f"codebook-{name}", args.settings | later | {"images": len(paths)}, resume=True)
     print(f"stage 1: {len(paths)} images of {source} -> {run.last}" + ", used or continued as it is" * bool(run.steps))
     if WORLD > 1 and run.steps.get("codebook") != args.pretrain_steps:
@@ -359,8 +359,8 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
             panels = common.panels(image, part, mask, float(getattr(model, "map_top", 1)))
             row = f"{item.defect}\n{part['score']:.3f}\n{item.path.name}".strip(), panels
             if "anomaly_map" in part:  # its picture is 0.png for 0.png, 0.jpg.png for 0.jpg: no two images share one
-                own = item.name.suffix == ".png" and Path(item.name.stem).suffix.lower() not in common.IMAGE_SUFFIXES
-                path = folder / item.name if own else (folder / item.name).with_name(item.name.name + ".png")
+                shared = item.name.suffix != ".png" or Path(item.name.stem).suffix.lower() in common.IMAGE_SUFFIXES
+                path = folder / (f"{item.name}.png" if shared else item.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 common.page([row]).save(path, compress_level=1)
             yield item, part["score"].item(), row, part.get("anomaly_map"), mask
@@ -444,9 +444,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     root, model, settings = args.out / args.method, None, args.settings
     target = root / "predictions" if args.predict else args.out
-    for path in filter(None, args.predict or map(vars(args).get, ("data", "textures", "pretrain"))):
-        here, there = target.resolve(), path.resolve()
-        if here == there or here in there.parents or there in here.parents:
+    sources = args.predict or [getattr(args, name, None) for name in ("data", "textures", "pretrain")]
+    for path in filter(None, sources):
+        if target.resolve().is_relative_to(path.resolve()) or path.resolve().is_relative_to(target.resolve()):
             raise ValueError(f"{path} and {target}, where results go, lie one inside the other; choose another --out")
     if args.checkpoint:
         codebook = [args.codebook] if args.method == "dsr" else []
@@ -462,11 +462,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.compile:
             draem.AUGMENTATIONS = tuple(map(torch.compile, draem.AUGMENTATIONS))
     if args.method == "dsr" and not model:
-        extra = pretrain_dsr(args) if args.pretrain or args.toy and not args.codebook else args.codebook
+        extra = pretrain_dsr(args) if (args.pretrain or args.toy) and not args.codebook else args.codebook
     results = {}
     for category in categories[RANK::WORLD]:
         counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}
-        run = Run(root / (category.name + "-checkpoint" * bool(model)), settings | counts, args.resume)
+        run = Run(root / (f"{category.name}-checkpoint" if model else category.name), settings | counts, args.resume)
         run.test_set = zlib.crc32(ascii(category.test).encode())  # changes with paths, kinds and masks
         results[category.name] = {} if args.threshold is not None else run.metrics()
         if results[category.name]:
