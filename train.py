@@ -467,7 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     for category in categories[RANK::WORLD]:
         counts = {"images": len(category.train), "textures": len(extra) if torch.is_tensor(extra) else 0}
         run = Run(root / (f"{category.name}-checkpoint" if model else category.name), settings | counts, args.resume)
-        run.test_set = zlib.crc32(ascii(category.test).encode())  # changes with paths, kinds and masks
+        run.test_set = zlib.adler32(ascii(category.test).encode())  # changes with paths, kinds and masks
         results[category.name] = {} if args.threshold is not None else run.metrics()
         if results[category.name]:
             continue
