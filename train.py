@@ -359,8 +359,8 @@ def predictions(model: nn.Module, items: list[common.TestImage], folder: Path, a
             panels = common.panels(image, part, mask, float(getattr(model, "map_top", 1)))
             row = f"{item.defect}\n{part['score']:.3f}\n{item.path.name}".strip(), panels
             if "anomaly_map" in part:  # its picture is 0.png for 0.png, 0.jpg.png for 0.jpg: no two images share one
-                shared = item.name.suffix != ".png" or Path(item.name.stem).suffix.lower() in common.IMAGE_SUFFIXES
-                path = folder / (f"{item.name}.png" if shared else item.name)
+                extended = item.name.suffix != ".png" or Path(item.name.stem).suffix.lower() in common.IMAGE_SUFFIXES
+                path = folder / (f"{item.name}.png" if extended else item.name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 common.page([row]).save(path, compress_level=1)
             yield item, part["score"].item(), row, part.get("anomaly_map"), mask
